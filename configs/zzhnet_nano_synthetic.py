@@ -1,0 +1,38 @@
+"""ZZHNet nano on rendered scenes: the demo.
+
+  python train.py --config configs/zzhnet_nano_synthetic.py
+
+Nuisances are at 0.6 of their default strength. Seed 0: validation F1 0.840 at the threshold
+0.428, 600 steps in 3 min 16 s on two CPU cores, compilation included. Seed 1, on a machine busy
+with other work: F1 0.852 in 5 min 38 s.
+"""
+
+from zzhnet_jax.data.config import DataConfig, SyntheticConfig
+from zzhnet_jax.training.config import (
+    ExperimentConfig,
+    LossConfig,
+    ModelSpec,
+    OptimConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> ExperimentConfig:
+    """The experiment."""
+    return ExperimentConfig(
+        run_dir="runs/demo",
+        model=ModelSpec("zzhnet_nano"),
+        data=DataConfig(
+            source="synthetic",
+            batch_size=8,
+            crop_size=96,
+            synthetic=SyntheticConfig(size=128, nuisance=0.6),
+        ),
+        train=TrainConfig(
+            steps=600,
+            validate_every=150,
+            checkpoint_every=150,
+            loss=LossConfig(cross_entropy=1.0, lovasz=0.75),
+        ),
+        optim=OptimConfig(learning_rate=3e-3, ema_decay=0.99),
+    )

@@ -1,0 +1,233 @@
+"""The two-dimensional selective scan: four routes through an image, scanned and summed.
+
+All arguments stay in image layout and a backward route is a scan with `reverse=True`, so that no
+flipped copy of the image is made, and of transposed ones only those of the column routes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..selective_scan import ShapeError, selective_scan
+from ..selective_scan.base import as_array, as_optional_array, expect_shape
+from .patterns import ScanPattern, add_up, flatten, routes_of, unflatten
+
+_NORM_EPSILON = 1e-5
+
+
+class _Routes(NamedTuple):
+    """The arguments of k scans over one image."""
+
+    u: Float[Array, "b h w d"]
+    delta: Float[Array, "b h w k d"]
+    A: Float[Array, "k d n"]
+    B: Float[Array, "b h w k n"]
+    C: Float[Array, "b h w k n"]
+    D: Float[Array, "k d"] | None
+    delta_bias: Float[Array, "k d"] | None
+
+
+def selective_scan_2d(
+    u: Float[Array, "b h w d"],
+    delta: Float[Array, "b h w 4 d"],
+    A: Float[Array, "4 d n"],
+    B: Float[Array, "b h w 4 n"],
+    C: Float[Array, "b h w 4 n"],
+    D: Float[Array, "4 d"] | None = None,
+    *,
+    delta_bias: Float[Array, "4 d"] | None = None,
+    delta_softplus: bool = False,
+    pattern: ScanPattern = "cross",
+    implementation: str | None = None,
+) -> Float[Array, "b h w d"]:
+    """Scans an image along the four routes of a pattern and sums the results.
+
+    The same as `cross_scan`, a selective scan of each route and `cross_merge`; but step sizes and
+    matrices are given in image layout. What computes them sees one pixel at a time, so it may as
+    well do so before the image is flattened.
+
+    With pattern "cascade", u is normalised over its channels, its rows are scanned (routes 0 and
+    1, see `scan_lines`), the result is normalised and its columns are scanned (routes 2 and 3). A
+    layer that projects the parameters of the columns from what the rows gave, as VMamba's does,
+    calls `normalize_channels` and `scan_lines` itself.
+
+    Args:
+      u: image; any dtype that `selective_scan` takes.
+      delta: step sizes of each route before bias and softplus.
+      A: diagonal of each route's state matrix.
+      B: input matrices of each route.
+      C: output matrices of each route.
+      D: weights of the direct path.
+      delta_bias: added to delta before the softplus.
+      delta_softplus: as in `selective_scan`.
+      pattern: as in `cross_scan`.
+      implementation: as in `selective_scan`.
+
+    Returns:
+      The sum over the routes, taken in float32 at least, in u's dtype.
+
+    Raises:
+      ShapeError: shapes or dtypes do not fit together.
+      UnavailableError: the named implementation does not exist or cannot run here.
+      ValueError: there is no such pattern.
+
+    Source: Liu et al., "VMamba: Visual State Space Model", 2024.
+    """
+    routes = routes_of(pattern)
+    arrays = _validated(4, u, delta, A, B, C, D, delta_bias)
+    if pattern == "cascade":
+        y = arrays.u
+        for first, columns in ((0, False), (2, True)):
+            pair = _select(arrays, slice(first, first + 2))._replace(u=normalize_channels(y))
+            y = _scan_lines(pair, columns, delta_softplus, implementation)
+        return y
+
+    height, width = arrays.u.shape[1:3]
+    images = []
+    for k, (columns, backward) in enumerate(routes):
+
+        def arrange(x: Array, columns: bool = columns) -> Array:
+            return flatten(x, columns=columns)
+
+        y = _scan_route(arrays, k, arrange, backward, delta_softplus, implementation)
+        images.append(unflatten(y, height, width, columns=columns))
+    return add_up(images).astype(arrays.u.dtype)
+
+
+def scan_lines(
+    u: Float[Array, "b h w d"],
+    delta: Float[Array, "b h w 2 d"],
+    A: Float[Array, "2 d n"],
+    B: Float[Array, "b h w 2 n"],
+    C: Float[Array, "b h w 2 n"],
+    D: Float[Array, "2 d"] | None = None,
+    *,
+    columns: bool,
+    delta_bias: Float[Array, "2 d"] | None = None,
+    delta_softplus: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "b h w d"]:
+    """One pass of the cascade: every row (or column) is a sequence, scanned forward and backward.
+
+    The backward result is summed in the order in which it was computed: pixel j of a row receives
+    the backward output of pixel w - 1 - j. VMamba defines the cascade so; its weights rely on it.
+
+    Args:
+      u: image; the cascade passes it through `normalize_channels` first.
+      delta: step sizes in image layout, of the forward and the backward scan.
+      A: diagonals of their state matrices.
+      B: their input matrices.
+      C: their output matrices.
+      D: weights of their direct paths.
+      columns: scan columns instead of rows.
+      delta_bias: added to delta before the softplus.
+      delta_softplus: as in `selective_scan`.
+      implementation: as in `selective_scan`.
+
+    Returns:
+      The sum of both scans, taken in float32 at least, in u's dtype.
+
+    Raises:
+      ShapeError: shapes or dtypes do not fit together.
+      UnavailableError: the named implementation does not exist or cannot run here.
+    """
+    arrays = _validated(2, u, delta, A, B, C, D, delta_bias)
+    return _scan_lines(arrays, columns, delta_softplus, implementation)
+
+
+def normalize_channels(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+    """Layer normalisation over channels, without weights, as the cascade has it before each pass.
+
+    Args:
+      x: any floating dtype; mean and variance are taken in float32 at least.
+
+    Returns:
+      (x - mean) / sqrt(variance + 1e-5), in x's dtype.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+    return (centred / jnp.sqrt(variance + _NORM_EPSILON)).astype(x.dtype)
+
+
+def _scan_lines(
+    arrays: _Routes, columns: bool, delta_softplus: bool, implementation: str | None
+) -> Float[Array, "b h w d"]:
+    def arrange(x: Float[Array, "b h w *c"]) -> Float[Array, "lines length *c"]:
+        x = jnp.swapaxes(x, 1, 2) if columns else x
+        return x.reshape(-1, *x.shape[2:])
+
+    forward, backward = (
+        _scan_route(arrays, k, arrange, bool(k), delta_softplus, implementation) for k in (0, 1)
+    )
+    b, h, w, d = arrays.u.shape
+    y = (forward + backward[:, ::-1]).reshape((b, w, h, d) if columns else (b, h, w, d))
+    return (jnp.swapaxes(y, 1, 2) if columns else y).astype(arrays.u.dtype)
+
+
+def _scan_route(
+    arrays: _Routes,
+    k: int,
+    arrange: Callable[[Array], Array],
+    backward: bool,
+    delta_softplus: bool,
+    implementation: str | None,
+) -> Array:
+    """The scan of route k over sequences that `arrange` makes of an image, in a wide dtype."""
+    u, delta, A, B, C, D, delta_bias = arrays
+    wide = jnp.promote_types(u.dtype, jnp.float32)
+    return selective_scan(
+        arrange(u.astype(wide)),
+        arrange(delta[..., k, :]),
+        A[k],
+        arrange(B[..., k : k + 1, :]),
+        arrange(C[..., k : k + 1, :]),
+        None if D is None else D[k],
+        delta_bias=None if delta_bias is None else delta_bias[k],
+        delta_softplus=delta_softplus,
+        reverse=backward,
+        implementation=implementation,
+    )
+
+
+def _select(arrays: _Routes, routes: slice) -> _Routes:
+    """Only some of the routes."""
+    u, delta, A, B, C, D, delta_bias = arrays
+    return _Routes(
+        u=u,
+        delta=delta[..., routes, :],
+        A=A[routes],
+        B=B[..., routes, :],
+        C=C[..., routes, :],
+        D=None if D is None else D[routes],
+        delta_bias=None if delta_bias is None else delta_bias[routes],
+    )
+
+
+def _validated(
+    routes: int,
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    delta_bias: Array | None,
+) -> _Routes:
+    """The arguments as arrays, their shapes checked; `selective_scan` checks their dtypes."""
+    u, delta, A, B, C = (as_array(x) for x in (u, delta, A, B, C))
+    D, delta_bias = as_optional_array(D), as_optional_array(delta_bias)
+    if u.ndim != 4 or 0 in u.shape:
+        raise ShapeError(f"u has shape {u.shape}: expected (b, h, w, d), all >= 1")
+    *image, d = u.shape
+    if A.ndim != 3 or A.shape[:2] != (routes, d) or A.shape[2] < 1:
+        raise ShapeError(f"A has shape {A.shape}: expected ({routes}, {d}, d_state >= 1)")
+    n = A.shape[2]
+    expect_shape("delta", delta, (*image, routes, d))
+    expect_shape("B", B, (*image, routes, n))
+    expect_shape("C", C, (*image, routes, n))
+    expect_shape("D", D, (routes, d))
+    expect_shape("delta_bias", delta_bias, (routes, d))
+    return _Routes(u, delta, A, B, C, D, delta_bias)

@@ -1,0 +1,12 @@
+"""Selective scan (S6): one operator, several implementations, each held to a float64 oracle."""
+
+from .api import available_implementations, selective_scan, selective_scan_step
+from .base import ShapeError, UnavailableError
+
+__all__ = [
+    "ShapeError",
+    "UnavailableError",
+    "available_implementations",
+    "selective_scan",
+    "selective_scan_step",
+]

@@ -1,0 +1,1 @@
+"""The subcommands of `zzhnet`, one module each, with `main(argv) -> int`."""

@@ -1,0 +1,1 @@
+"""The networks: one folder a family, a registry by name, and saved models."""

@@ -1,0 +1,403 @@
+"""Norms, MLPs, drop path, patch embedding and downsampling, for channel-last images."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from zzhnet_jax.models.vssm.config import Activation, NormKind
+from zzhnet_jax.models.vssm.initializers import LinearInit, linear_initializers, torch_uniform
+
+_EPSILON = 1e-5
+_BATCH_MOMENTUM = 0.1
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """X times the normal distribution function, exactly (Hendrycks & Gimpel 2016).
+
+    Keeps only x for its gradient; JAX's own keeps two more arrays of the size of an MLP's hidden
+    layer, which are a fifth of what a training step holds.
+    """
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return jax.nn.gelu(x, approximate=False), x
+
+
+def _gelu_backward(x: Array, cotangent: Array) -> tuple[Array]:
+    distribution = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    density = jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
+    return ((distribution + x * density) * cotangent,)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": gelu,
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def fold_key(key: jax.Array | None, index: int) -> jax.Array | None:
+    """The key of part `index` of a computation that was given `key`; None stays None."""
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """The product x @ kernel; the gradient of the kernel transposes the smaller of its factors.
+
+    That gradient, x^T y', needs a transposed copy of one factor on a CPU. JAX's own always copies
+    y': in a network whose layers mostly widen, a third of a training step.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    rows, given = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    first, second = (rows, given) if rows.shape[1] <= given.shape[1] else (given, rows)
+    product = jnp.einsum("ni,no->io", first, second)
+    return cotangent @ kernel.T, product if first is rows else product.T
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _dot_general(x: Array, kernel: Array, dimensions: Any, **precision: Any) -> Array:
+    """`matmul` in the form in which a linear layer calls it."""
+    return matmul(x, kernel)
+
+
+def make_linear(
+    d_in: int,
+    d_out: int,
+    *,
+    use_bias: bool = True,
+    init: LinearInit = "truncated_normal",
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A linear layer over the channels with the initial values named by `init`."""
+    kernel_init, bias_init = linear_initializers(init, d_in)
+    return nnx.Linear(
+        d_in,
+        d_out,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dot_general=_dot_general,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def make_conv(
+    d_in: int,
+    d_out: int,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A square convolution with PyTorch's explicit padding and default initial values."""
+    init = torch_uniform(d_in * kernel_size**2)
+    return nnx.Conv(
+        d_in,
+        d_out,
+        (kernel_size, kernel_size),
+        strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        use_bias=use_bias,
+        kernel_init=init,
+        bias_init=init,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over every axis but the last, as PyTorch defines it.
+
+    The running variance collects the unbiased variance of each batch, and running = 0.9 running +
+    0.1 batch. Arithmetic is in float32.
+    """
+
+    def __init__(self, d: int, *, dtype: DTypeLike = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones(d, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(d, jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros(d, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(d, jnp.float32))
+        self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self.use_running_average = True
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Normalises; in training mode with the batch's statistics, which it collects."""
+        wide = x.astype(jnp.float32)
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            axes = tuple(range(x.ndim - 1))
+            mean = jnp.mean(wide, axes)
+            var = jnp.mean(jnp.square(wide - mean), axes)
+            count = x.size // x.shape[-1]
+            self._collect(mean, var * (count / max(count - 1, 1)))
+        y = (wide - mean) * (jax.lax.rsqrt(var + _EPSILON) * self.scale[...]) + self.bias[...]
+        return y.astype(self.dtype)
+
+    def _collect(self, mean: Array, var: Array) -> None:
+        for running, batch in ((self.mean, mean), (self.var, var)):
+            old = running[...]
+            running.set_value(old + _BATCH_MOMENTUM * (jax.lax.stop_gradient(batch) - old))
+        self.count.set_value(self.count[...] + 1)
+
+
+def make_norm(
+    kind: NormKind, d: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+) -> nnx.LayerNorm | BatchNorm:
+    """A norm over `d` channels: "layer" per pixel, "batch" per channel.
+
+    Epsilon 1e-5, statistics in float32.
+    """
+    if kind == "batch":
+        return BatchNorm(d, dtype=dtype)
+    return nnx.LayerNorm(d, epsilon=_EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+class Dropout(nnx.Module):
+    """Sets values to 0 at random in training mode and scales the rest by 1 / (1 - rate).
+
+    Args:
+      rate: share of values dropped.
+      per_sample: drops whole samples: stochastic depth of a residual branch.
+    """
+
+    def __init__(self, rate: float, *, per_sample: bool = False) -> None:
+        self.rate = rate
+        self.per_sample = per_sample
+        self.deterministic = True
+
+    def __call__(self, x: Array, *, key: jax.Array | None = None) -> Array:
+        """Drops.
+
+        Raises:
+          ValueError: in training mode with a rate above 0 and no key.
+        """
+        if self.deterministic or self.rate == 0:
+            return x
+        if key is None:
+            raise ValueError(f"training mode with drop rate {self.rate:g} needs key=")
+        shape: Sequence[int] = x.shape[:1] + (1,) * (x.ndim - 1) if self.per_sample else x.shape
+        keep = jax.random.bernoulli(key, 1 - self.rate, shape)
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+class DropPath(Dropout):
+    """Stochastic depth: drops a residual branch of whole samples."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(rate, per_sample=True)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with an activation between.
+
+    Args:
+      d_model: width in and out.
+      d_hidden: width between.
+      activation: its name.
+      dropout: rate after each layer.
+      linear_init: initial values of the linear layers.
+      dtype: compute type.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        *,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        linear_init: LinearInit = "truncated_normal",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        make = partial(make_linear, init=linear_init, dtype=dtype, rngs=rngs)
+        self.fc1 = make(d_model, d_hidden)
+        self.fc2 = make(d_hidden, d_model)
+        self.dropout = Dropout(dropout)
+        self.activation = activation
+
+    def __call__(
+        self, x: Float[Array, "*b d_model"], *, key: jax.Array | None = None
+    ) -> Float[Array, "*b d_model"]:
+        """Applies the layer."""
+        x = ACTIVATIONS[self.activation](self.fc1(x))
+        x = self.dropout(x, key=fold_key(key, 0))
+        return self.dropout(self.fc2(x), key=fold_key(key, 1))
+
+
+class GatedMlp(nnx.Module):
+    """fc2(u * act(v)) with [u, v] = fc1(x). The arguments are those of `Mlp`."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        *,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        linear_init: LinearInit = "truncated_normal",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        make = partial(make_linear, init=linear_init, dtype=dtype, rngs=rngs)
+        self.fc1 = make(d_model, 2 * d_hidden)
+        self.fc2 = make(d_hidden, d_model)
+        self.dropout = Dropout(dropout)
+        self.activation = activation
+
+    def __call__(
+        self, x: Float[Array, "*b d_model"], *, key: jax.Array | None = None
+    ) -> Float[Array, "*b d_model"]:
+        """Applies the layer."""
+        u, v = jnp.split(self.fc1(x), 2, axis=-1)
+        return self.dropout(self.fc2(u * ACTIVATIONS[self.activation](v)), key=key)
+
+
+class PatchEmbed(nnx.Module):
+    """Image to tokens, one for `patch_size` x `patch_size` pixels.
+
+    Args:
+      in_chans: bands.
+      d_model: width of a token.
+      version: 1 is one convolution with stride `patch_size`; 2 is two 3x3 convolutions of stride 2
+        (for patch_size 4; in general of stride patch_size / 2 and side stride + 1) to d_model / 2
+        and d_model, with norm and exact GELU between.
+      patch_size: side of a patch.
+      norm: kind of the norms; None leaves them out.
+      dtype: compute type.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        d_model: int,
+        *,
+        version: Literal[1, 2] = 2,
+        patch_size: int = 4,
+        norm: NormKind | None = "layer",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        conv = partial(make_conv, dtype=dtype, rngs=rngs)
+        if version == 1:
+            widths: list[int] = [d_model]
+            self.convs = nnx.List([conv(in_chans, d_model, patch_size, stride=patch_size)])
+        else:
+            stride = patch_size // 2
+            widths = [d_model // 2, d_model]
+            half = partial(conv, kernel_size=stride + 1, stride=stride, padding=1)
+            self.convs = nnx.List([half(in_chans, widths[0]), half(*widths)])
+        self.norms = nnx.List(
+            [] if norm is None else [make_norm(norm, o, dtype=dtype, rngs=rngs) for o in widths]
+        )
+
+    def __call__(self, x: Float[Array, "b h w in_chans"]) -> Float[Array, "b h2 w2 d_model"]:
+        """Applies the layer: h and w shrink by patch_size (version 1 rounds down, 2 up)."""
+        return self.maps(x)[-1]
+
+    def maps(self, x: Float[Array, "b h w in_chans"]) -> list[Float[Array, "b _ _ _"]]:
+        """What each convolution gives after its norm; the last is the layer's output."""
+        maps: list[Array] = []
+        for i, conv in enumerate(self.convs):
+            x = conv(ACTIVATIONS["gelu"](x) if i else x)
+            x = self.norms[i](x) if self.norms else x
+            maps.append(x)
+        return maps
+
+
+class PatchMerging(nnx.Module):
+    """Downsampling version 1: the four pixels of a 2x2 patch side by side, norm, linear.
+
+    Odd sizes are padded with zeros at the end.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        norm: NormKind = "layer",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.norm = make_norm(norm, 4 * d_in, dtype=dtype, rngs=rngs)
+        self.reduction = make_linear(4 * d_in, d_out, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w d_in"]) -> Float[Array, "b h2 w2 d_out"]:
+        """Applies the layer; h2 and w2 are h / 2 and w / 2 rounded up."""
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        corners = [x[:, i::2, j::2] for j in range(2) for i in range(2)]
+        return self.reduction(self.norm(jnp.concatenate(corners, axis=-1)))
+
+
+class ConvDownsample(nnx.Module):
+    """Downsampling by a convolution of stride 2, then norm.
+
+    Version 2 is 2x2 without padding (an odd last row is dropped), version 3 is 3x3 with padding 1.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        version: Literal[2, 3] = 3,
+        norm: NormKind = "layer",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.conv = make_conv(
+            d_in, d_out, version, stride=2, padding=version - 2, dtype=dtype, rngs=rngs
+        )
+        self.norm = make_norm(norm, d_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w d_in"]) -> Float[Array, "b h2 w2 d_out"]:
+        """Applies the layer."""
+        return self.norm(self.conv(x))
+
+
+def Downsample(
+    d_in: int,
+    d_out: int,
+    *,
+    version: Literal[1, 2, 3] = 3,
+    norm: NormKind = "layer",
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+) -> PatchMerging | ConvDownsample:
+    """The layer of that version: PatchMerging (1) or ConvDownsample (2, 3)."""
+    if version == 1:
+        return PatchMerging(d_in, d_out, norm=norm, dtype=dtype, rngs=rngs)
+    return ConvDownsample(d_in, d_out, version=version, norm=norm, dtype=dtype, rngs=rngs)

@@ -1,0 +1,195 @@
+"""ZZHNet: two images in, one change map out.
+
+Low stages share weights between the dates and run as one doubled batch; CSSM blocks let each date
+see the other; high stages have weights per date; difference blocks and attentional fusion hand
+[pre, post, difference] of every stage to the decoder.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from zzhnet_jax.models.functional import apply_each, remat
+from zzhnet_jax.models.vssm.layers import Downsample, PatchEmbed, fold_key
+from zzhnet_jax.models.vssm.vssm import VSSBlock
+from zzhnet_jax.models.zzhnet.config import NUM_STAGES, ZZHNetConfig
+from zzhnet_jax.models.zzhnet.cssm import CSSM
+from zzhnet_jax.models.zzhnet.ddm import DDM
+from zzhnet_jax.models.zzhnet.decoder import BilinearHead, Decoder, LearnedHead
+from zzhnet_jax.models.zzhnet.fusion import AFF
+
+# Four halvings by the patch embedding and three more between stages.
+_MULTIPLE = 4 * 2 ** (NUM_STAGES - 1)
+
+
+class Stage(nnx.Module):
+    """Downsampling from the stage before, then this stage's VSSBlocks, for one set of weights."""
+
+    def __init__(self, config: ZZHNetConfig, stage: int, *, rngs: nnx.Rngs) -> None:
+        d, dtype = config.widths[stage], jnp.dtype(config.dtype)
+        self.downsample = (
+            Downsample(
+                config.widths[stage - 1],
+                d,
+                version=config.downsample_version,
+                norm=config.block.norm,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            if stage > 0
+            else None
+        )
+        total, first = sum(config.depths), sum(config.depths[:stage])
+        rates = [config.drop_path_rate * (first + i) / max(total - 1, 1) for i in range(total)]
+        self.blocks = nnx.List(
+            [
+                VSSBlock(d, config.block, drop_path=rates[i], dtype=dtype, rngs=rngs)
+                for i in range(config.depths[stage])
+            ]
+        )
+        self.remat = config.block.remat
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, key: jax.Array | None = None
+    ) -> Float[Array, "b h2 w2 d"]:
+        """Applies the stage."""
+        x = x if self.downsample is None else self.downsample(x)
+        for i, block in enumerate(self.blocks):
+            block_key = fold_key(key, i)
+            x = remat(block, x, block_key) if self.remat else block(x, key=block_key)
+        return x
+
+
+class ZZHNet(nnx.Module):
+    """Change network for two co-registered images.
+
+    Args:
+      config: its fields.
+      num_classes: classes of the change map.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(self, config: ZZHNetConfig, *, num_classes: int = 2, rngs: nnx.Rngs) -> None:
+        dtype = jnp.dtype(config.dtype)
+        kwargs: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        widths = config.widths
+        self.config = config
+        self.patch_embed = PatchEmbed(
+            config.in_chans,
+            config.width,
+            version=config.patch_embed_version,
+            norm=config.block.norm,
+            **kwargs,
+        )
+        shared = range(config.num_shared_stages)
+        own = range(config.num_shared_stages, NUM_STAGES)
+        self.shared_stages = nnx.List([Stage(config, i, rngs=rngs) for i in shared])
+        self.pre_stages = nnx.List([Stage(config, i, rngs=rngs) for i in own])
+        self.post_stages = nnx.List([Stage(config, i, rngs=rngs) for i in own])
+        self.cssm = nnx.List(
+            [
+                CSSM(
+                    widths[i],
+                    config.block,
+                    config.token_order,
+                    drop_path=config.drop_path_rate
+                    * sum(config.depths[: i + 1])
+                    / sum(config.depths),
+                    **kwargs,
+                )
+                for i in sorted(config.cssm_stages)
+            ]
+        )
+        self.ddm = nnx.List(
+            [
+                DDM(d, d_finer=widths[i - 1] if i else None, norm=config.norm, **kwargs)
+                for i, d in enumerate(widths)
+            ]
+        )
+        self.fusion = nnx.List([AFF(d, norm=config.norm, **kwargs) for d in widths])
+        self.decoder = Decoder(
+            [3 * d for d in widths],
+            config.decoder_widths,
+            num_blocks=config.decoder_blocks,
+            norm=config.norm,
+            **kwargs,
+        )
+        self.head = (
+            LearnedHead(
+                config.decoder_widths[0], config.width // 2, num_classes, norm=config.norm, **kwargs
+            )
+            if config.head == "learned"
+            else BilinearHead(config.decoder_widths[0], num_classes, **kwargs)
+        )
+
+    def __call__(
+        self,
+        pre: Float[Array, "b h w c"],
+        post: Float[Array, "b h w c"],
+        *,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b h w classes"]:
+        """Change logits.
+
+        Args:
+          pre: earlier image, normalised, of any size.
+          post: later image, of the same size.
+          key: random key of this call; needed in training mode when `drop_path_rate` is above 0.
+
+        Returns:
+          Logits in float32, of the images' size.
+
+        Raises:
+          ValueError: the images differ in shape, or have other bands than the network.
+        """
+        if pre.shape != post.shape or pre.ndim != 4 or pre.shape[-1] != self.config.in_chans:
+            raise ValueError(
+                f"pre {pre.shape} and post {post.shape}: expected two images (b, h, w,"
+                f" {self.config.in_chans}) of one shape"
+            )
+        height, width = pre.shape[1:3]
+        images = jnp.concatenate([pre, post]).astype(self.config.dtype)
+        bottom, right = -height % _MULTIPLE, -width % _MULTIPLE
+        images = jnp.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
+        maps = self.patch_embed.maps(images)
+        x = self.decoder(self._fused_features(maps[-1], key))
+        if isinstance(self.head, LearnedHead):
+            stem_pre, stem_post = jnp.split(maps[0], 2)
+            logits = self.head(x, stem_pre, stem_post)
+        else:
+            logits = self.head(x)
+        return logits[:, :height, :width]
+
+    def _fused_features(
+        self, tokens: Float[Array, "2b h w d"], key: jax.Array | None
+    ) -> list[Float[Array, "b _ _ _"]]:
+        """[pre, post, difference] of each stage, finest first."""
+        x, finer, features = tokens, None, []
+        for i in range(NUM_STAGES):
+            with jax.named_scope(f"stage{i}"):
+                x = self._encode(x, i, fold_key(key, i))
+                pre, post = jnp.split(x, 2)
+                finer = self.ddm[i](pre, post, finer)
+                fused = self.fusion[i](x, jnp.concatenate([finer, finer]))
+                features.append(jnp.concatenate([*jnp.split(fused, 2), finer], axis=-1))
+        return features
+
+    def _encode(
+        self, x: Float[Array, "2b h w c"], stage: int, key: jax.Array | None
+    ) -> Float[Array, "2b h2 w2 d"]:
+        """One stage for both dates, and its CSSM if it has one."""
+        own = stage - self.config.num_shared_stages
+        if own < 0:
+            x = self.shared_stages[stage](x, key=fold_key(key, 0))
+        else:
+            dates = [self.pre_stages[own], self.post_stages[own]]
+            pair = apply_each(dates, jnp.stack(jnp.split(x, 2)), fold_key(key, 0))
+            x = pair.reshape(-1, *pair.shape[2:])
+        if stage in self.config.cssm_stages:
+            block = self.cssm[sorted(self.config.cssm_stages).index(stage)]
+            key = fold_key(key, 1)
+            x = remat(block, x, key) if self.config.block.remat else block(x, key=key)
+        return x

@@ -1,0 +1,1 @@
+"""Training: configs, losses, the sharded step, checkpoints and the loop."""

@@ -1,0 +1,256 @@
+"""Everything a training run can be told, as frozen dataclasses that check themselves.
+
+A config file is Python with `get_config() -> ExperimentConfig`; the command line replaces any field
+by its path.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from zzhnet_jax.data.config import DataConfig
+from zzhnet_jax.errors import ConfigError
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(name, value, allowed)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which network to train.
+
+    Attributes:
+      name: a preset; `zzhnet models` lists them.
+      num_classes: classes of the output; 2 is unchanged and changed.
+      overrides: fields of the preset to replace; on the command line --model.overrides.FIELD VALUE.
+    """
+
+    name: str = "zzhnet_nano"
+    num_classes: int = 2
+    overrides: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_classes == 2,
+            "model.num_classes",
+            self.num_classes,
+            "2, unchanged and changed: that is what training judges",
+        )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms; a term of weight 0 is not computed.
+
+    Attributes:
+      cross_entropy: mean over labelled pixels.
+      lovasz: Lovasz-softmax, a surrogate of the IoU.
+      dice: one minus the soft Dice coefficient.
+      focal: cross entropy in which confident pixels count less.
+      class_weights: weight of each class in the cross entropy; all alike if None.
+      focal_gamma: how fast confident pixels fade in the focal term.
+    """
+
+    cross_entropy: float = 1.0
+    lovasz: float = 0.0
+    dice: float = 0.0
+    focal: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    focal_gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        weights = (self.cross_entropy, self.lovasz, self.dice, self.focal)
+        _require(
+            min(weights) >= 0 and max(weights) > 0,
+            "train.loss",
+            weights,
+            "weights of cross_entropy, lovasz, dice, focal: none negative and one positive",
+        )
+        _require(
+            self.class_weights is None or min(self.class_weights, default=0) > 0,
+            "train.loss.class_weights",
+            self.class_weights,
+            "one positive weight a class",
+        )
+        _require(self.focal_gamma >= 1, "train.loss.focal_gamma", self.focal_gamma, "at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of training, and when to report and save.
+
+    Attributes:
+      steps: optimizer steps in all.
+      log_every: steps between two lines of metrics.jsonl.
+      validate_every: steps between two passes over the validation images; the last step has one.
+      checkpoint_every: steps between two checkpoints; every validation has one as well.
+      keep_checkpoints: how many of the newest to keep, beside the one with the best validation F1.
+      pictures: validation pairs shown in predictions.png.
+      loss: weights of the loss terms.
+      compilation_cache: folder that keeps compiled programs between runs; None turns it off.
+    """
+
+    steps: int = 1000
+    log_every: int = 10
+    validate_every: int = 200
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    pictures: int = 6
+    loss: LossConfig = LossConfig()
+    compilation_cache: str | None = "~/.cache/zzhnet_jax"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "validate_every", "checkpoint_every"):
+            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
+        keep = self.keep_checkpoints
+        _require(keep > 0, "train.keep_checkpoints", keep, "at least 1")
+        _require(self.pictures >= 0, "train.pictures", self.pictures, "at least 0")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      learning_rate: the peak.
+      schedule: after the warm-up, stay there or fall along a half cosine.
+      warmup_fraction: share of all steps over which the rate rises linearly from 0.
+      final_fraction: where the cosine ends, as a share of the peak.
+      weight_decay: decoupled; norms, biases, scales and state-space parameters have none.
+      beta1: decay of the mean of gradients.
+      beta2: decay of the mean of squared gradients.
+      epsilon: added to the root of the latter.
+      clip_norm: largest global norm of the gradient; None clips nothing.
+      ema_decay: decay of the moving average of the weights that validation and export use; 0 uses
+        the weights themselves.
+    """
+
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.01
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float | None = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "positive")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
+        _require(self.epsilon > 0, "optim.epsilon", self.epsilon, "positive")
+        for name in ("warmup_fraction", "final_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optim.{name}", value, "between 0 and 1")
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name}", value, "at least 0 and below 1")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            "optim.clip_norm",
+            self.clip_norm,
+            "positive, or None",
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each way of splitting the work gets; one may be -1, all that are left.
+
+    Attributes:
+      data: copies of the network, each with its share of the batch.
+      fsdp: likewise, and parameters and optimizer state are split among them.
+      tensor: parts of a layer's channels; 1 in this version.
+      spatial: parts of an image's rows; 1 in this version.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    spatial: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp"):
+            value = getattr(self, name)
+            _require(
+                value == -1 or value > 0, f"mesh.{name}", value, "positive, or -1 for the rest"
+            )
+        _require(
+            (self.data, self.fsdp) != (-1, -1), "mesh.fsdp", -1, "positive, as mesh.data is -1 too"
+        )
+        for name in ("tensor", "spatial"):
+            value = getattr(self, name)
+            _require(value == 1, f"mesh.{name}", value, "1: only data and fsdp can be split so far")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One training run.
+
+    Attributes:
+      run_dir: folder of this run; rerunning the same command continues what is there.
+      seed: of the initial weights, the order and augmentation of the data, and drop path.
+      model: which network to train.
+      data: images, batches and augmentation; data.batch_size is that of all devices together.
+      train: length of training, and when to report and save.
+      optim: AdamW and its schedule.
+      mesh: how the work is split among devices.
+    """
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    model: ModelSpec = ModelSpec()
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        weights = self.train.loss.class_weights
+        _require(
+            weights is None or len(weights) == self.model.num_classes,
+            "train.loss.class_weights",
+            weights,
+            f"{self.model.num_classes} weights, one a class",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested dicts of JSON-ready values; tuples become lists."""
+        return _json(asdict(self))
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def load_config(path: str) -> ExperimentConfig:
+    """Runs a config file and returns what its `get_config()` gives.
+
+    Raises:
+      ConfigError: no such file, or it gives no `ExperimentConfig`.
+    """
+    file = Path(path)
+    _require(file.is_file() and file.suffix == ".py", "--config", path, "a Python file that exists")
+    spec = importlib.util.spec_from_file_location(f"zzhnet_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError("--config", path, "a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError) as error:
+        raise ConfigError("--config", path, f"a file that runs ({error})") from error
+    get_config = getattr(module, "get_config", None)
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, ExperimentConfig):
+        raise ConfigError("--config", path, "a file whose get_config() returns an ExperimentConfig")
+    return config

@@ -1,0 +1,102 @@
+"""Many small parameters as two vectors.
+
+A network has hundreds of norm scales, biases and the like. An optimizer that handles each of them
+alone compiles, and launches, a dozen kernels for every one; most of the compilation of a training
+step used to be that. Two vectors, one that decays and one that does not, take their place in the
+training state. Arrays large enough to be worth splitting over devices stay as they are.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Arrays of this many elements or more stay alone.
+LARGE = 2**14
+# Vectors end in zeros up to a multiple of this, so that any usual number of devices can split them.
+_MULTIPLE = 2**10
+
+Packed = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where one parameter lies: in which part, and from which element on."""
+
+    part: str
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Packing:
+    """The layout of a network's parameters in the training state.
+
+    `pack` and `unpack` turn trees of the network's structure (parameters, gradients, averages) into
+    the packed form and back. The packed form has up to two vectors, "decayed" and "undecayed", and
+    the large arrays under their paths.
+    """
+
+    def __init__(self, params: Any, decays: Any) -> None:
+        """Lays out a network.
+
+        Args:
+          params: its parameters, or their shapes.
+          decays: tree of the same structure; whether weight decay acts on each.
+        """
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        ends = {"decayed": 0, "undecayed": 0}
+        self.decay_mask: dict[str, bool] = {}
+        self._slots = []
+        for (path, leaf), decay in zip(leaves, jax.tree.leaves(decays), strict=True):
+            size = math.prod(leaf.shape)
+            part = "decayed" if decay else "undecayed"
+            if size >= LARGE:
+                part, start = jax.tree_util.keystr(path, simple=True, separator="."), 0
+            else:
+                start = ends[part]
+                ends[part] += size
+            self.decay_mask[part] = decay
+            self._slots.append(_Slot(part, start, tuple(leaf.shape)))
+
+        # Differentiating slices would add up as many padded vectors; the transpose is just `pack`.
+        self._unpack = jax.custom_vjp(self._split)
+        self._unpack.defvjp(
+            lambda packed: (self._split(packed), None), lambda _, g: (self.pack(g),)
+        )
+
+    def pack(self, tree: Any) -> Packed:
+        """The packed form of a tree of jax arrays."""
+        small: dict[str, list[jax.Array]] = {}
+        packed: Packed = {}
+        for slot, leaf in zip(self._slots, jax.tree.leaves(tree), strict=True):
+            if slot.size >= LARGE:
+                packed[slot.part] = leaf
+            else:
+                small.setdefault(slot.part, []).append(leaf.reshape(-1))
+        for part, pieces in small.items():
+            missing = -sum(piece.size for piece in pieces) % _MULTIPLE
+            packed[part] = jnp.concatenate([*pieces, jnp.zeros(missing, pieces[0].dtype)])
+        return packed
+
+    def unpack(self, packed: Packed) -> Any:
+        """The tree again, of jax arrays; its gradient comes out packed."""
+        return self._unpack(packed)
+
+    def unpack_on_host(self, packed: Packed) -> Any:
+        """The tree of numpy arrays, without compiling anything."""
+        return self._split(jax.device_get(packed))
+
+    def _split(self, packed: Packed) -> Any:
+        leaves = [
+            packed[slot.part].reshape(-1)[slot.start : slot.start + slot.size].reshape(slot.shape)
+            if slot.size < LARGE
+            else packed[slot.part]
+            for slot in self._slots
+        ]
+        return jax.tree.unflatten(self._structure, leaves)
