@@ -6,7 +6,7 @@ p = d / g channels of a group.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,86 @@ class Scan(Protocol):
         """Runs the scan."""
 
 
+class Forward(Protocol):
+    """The first half of a kernel that XLA cannot look into; see `Kernel`."""
+
+    def __call__(
+        self,
+        u: Float[Array, "b l d"],
+        delta: Float[Array, "b l d"],
+        A: Float[Array, "d n"],
+        B: Float[Array, "b l g n"],
+        C: Float[Array, "b l g n"],
+        D: Float[Array, "d"] | None,
+        delta_bias: Float[Array, "d"] | None,
+        initial_state: Float[Array, "b d n"] | None,
+        *,
+        delta_softplus: bool,
+        reverse: bool,
+        tile: "Tile | None" = None,
+        interpret: Any = False,
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"], Float[Array, "b ... d"]]:
+        """Gives y, the last state, and what the backward half wants kept."""
+
+
+class Backward(Protocol):
+    """The second half of a kernel that XLA cannot look into; see `Kernel`."""
+
+    def __call__(
+        self,
+        u: Float[Array, "b l d"],
+        delta: Float[Array, "b l d"],
+        A: Float[Array, "d n"],
+        B: Float[Array, "b l g n"],
+        C: Float[Array, "b l g n"],
+        D: Float[Array, "d"] | None,
+        delta_bias: Float[Array, "d"] | None,
+        initial_state: Float[Array, "b d n"] | None,
+        kept: Float[Array, "b ... d"],
+        y_gradient: Float[Array, "b l d"],
+        state_gradient: Float[Array, "b d n"],
+        *,
+        delta_softplus: bool,
+        reverse: bool,
+        tile: "Tile | None" = None,
+        interpret: Any = False,
+    ) -> tuple[Array | None, ...]:
+        """Gives the gradients of the eight operands, in their shapes; None for None."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A scan as two functions without gradients of their own.
+
+    `partition.differentiable` makes a scan of it: it adds the gradient, folds `vmap` into batch or
+    channels, and splits both halves over a mesh. For that, `kept` must be an array whose first
+    axis is the batch and whose last axis is the channels, exactly as long as u's, and whose other
+    axes depend on length and d_state alone.
+    """
+
+    forward: Forward
+    backward: Backward
+
+
+class Tile(NamedTuple):
+    """Sizes of the block that a kernel works on at a time; it may be no multiple of the operands.
+
+    Attributes:
+      steps: time steps.
+      channels: channels; None leaves it to the kernel.
+      warps: warps of a GPU program; None leaves it to the kernel, and other kernels ignore it.
+    """
+
+    steps: int
+    channels: int | None = None
+    warps: int | None = None
+
+
 def _runs_everywhere() -> str | None:
+    return None
+
+
+def _takes_everything(*operands: Array | None) -> str | None:
     return None
 
 
@@ -58,10 +137,27 @@ class Implementation:
     Attributes:
       scan: the function.
       unavailable: says why `scan` cannot run on this machine, or returns None if it can.
+      unsupported: given the eight operands (arrays, or anything with their shape and dtype), says
+        why `scan` cannot take them, or returns None if it can.
+      tiled: whether `scan` takes a keyword `tile`, a `Tile` or None.
     """
 
     scan: Scan
     unavailable: Callable[[], str | None] = _runs_everywhere
+    unsupported: Callable[..., str | None] = _takes_everything
+    tiled: bool = False
+
+
+def output(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, like: Array
+) -> jax.ShapeDtypeStruct:
+    """Type of a kernel's result, for `pallas_call(out_shape=...)`.
+
+    Inside `shard_map` a type also says over which mesh axes a value varies; a result varies over
+    those that the operand `like` varies over. `partition` makes all operands vary over the same.
+    """
+    varies = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varies)
 
 
 def state_dtype(*arrays: Array | None) -> jnp.dtype:
