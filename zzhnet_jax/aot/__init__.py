@@ -1,0 +1,1 @@
+"""Compiling ahead of time for accelerators that this machine does not have."""
