@@ -199,6 +199,14 @@ def test_command_there_and_back(tmp_path, mambabcd, capsys):
         assert_same(load_torch_state_dict(back), mambabcd[naming])
 
 
+def test_orbax_weights_hold_the_same_bits(tmp_path, mambabcd, capsys):
+    path = written(tmp_path, mambabcd["new"])
+    assert run(path, "-o", tmp_path / "out", "--weights", "orbax", "--verify") == 0
+    assert f"{len(mambabcd['new'])} checksums equal" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.orbax").is_dir()
+    assert_same(to_torch_state_dict(load_model(tmp_path / "out")), mambabcd["new"])
+
+
 def test_command_json_and_allow(tmp_path, mambabcd, capsys):
     partial = {n: a for n, a in mambabcd["new"].items() if not n.startswith("main_clf.b")}
     path = written(tmp_path, partial)

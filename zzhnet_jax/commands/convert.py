@@ -17,6 +17,7 @@ from zzhnet_jax.conversion.torch_checkpoint import load_torch_state_dict
 from zzhnet_jax.conversion.torch_write import save_torch_state_dict
 from zzhnet_jax.errors import ConfigError, ConversionError
 from zzhnet_jax.models.io import load_model
+from zzhnet_jax.models.weights import Format
 
 from .arguments import Switch, option, parse
 
@@ -49,6 +50,8 @@ class ConvertArguments:
         tensor shows; unless given, as in the preset.
       in_chans: bands of the images; unless given, those of the checkpoint.
       image_size: side of the images, for networks with a position embedding.
+      weights: how to keep the weights: one safetensors file, or an Orbax folder, which many devices
+        read in parts.
       json: print the report as one JSON object.
     """
 
@@ -66,6 +69,7 @@ class ConvertArguments:
     forward_type: Annotated[str | None, option("TEXT")] = None
     in_chans: Annotated[int | None, option("N")] = None
     image_size: Annotated[int | None, option("PIXELS")] = None
+    weights: Format = "safetensors"
     json: Switch = False
 
     def __post_init__(self) -> None:
@@ -95,6 +99,7 @@ def _to_jax(arguments: ConvertArguments) -> dict[str, Any]:
         overrides={name: value for name, value in fields.items() if value is not None},
         adaptations=arguments.adapt,
         verify=arguments.verify,
+        weights_format=arguments.weights,
     )
     lines = [report.summary(), *(f"  {decision}" for decision in report.decisions)]
     lines += [f"  adapted: {change}" for change in report.adapted]

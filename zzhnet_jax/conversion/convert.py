@@ -18,6 +18,7 @@ from zzhnet_jax.conversion.torch_checkpoint import load_torch_state_dict
 from zzhnet_jax.errors import ConversionError
 from zzhnet_jax.models import functional, registry
 from zzhnet_jax.models.io import load_model, save_model
+from zzhnet_jax.models.weights import Format
 
 
 def convert_checkpoint(
@@ -33,6 +34,7 @@ def convert_checkpoint(
     overrides: Mapping[str, Any] | None = None,
     adaptations: Collection[Adaptation] = (),
     verify: bool = False,
+    weights_format: Format = "safetensors",
 ) -> ConversionReport:
     """Converts a VMamba or ChangeMamba checkpoint to a folder that `load_model` reads.
 
@@ -55,6 +57,7 @@ def convert_checkpoint(
       overrides: fields of the hierarchy's `VSSMConfig` to set, nested as it is.
       adaptations: changes that make tensors of another network fit; see `Adaptation`.
       verify: reads the result back and compares a checksum of every tensor with the source.
+      weights_format: as in `save_model`.
 
     Returns:
       What was placed where, and how that was decided.
@@ -82,7 +85,7 @@ def convert_checkpoint(
         network, matching = target.fill(source)
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
-    save_model(network, out)
+    save_model(network, out, weights_format=weights_format)
     del network
     report = ConversionReport(
         source=str(path),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from zzhnet_jax.models.changemamba.config import Arrangement, ChangeMambaConfig
 from zzhnet_jax.models.functional import remat
+from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm import VSSBlock
 from zzhnet_jax.models.vssm.layers import BatchNorm, fold_key, make_conv, make_linear
 
@@ -162,7 +163,8 @@ class ChangeStage(nnx.Module):
         x = self.fuse(jnp.concatenate(maps, axis=-1))
         if self.smooth is None or coarser is None:
             return x
-        return self.smooth(resize(coarser, x.shape[1:3]) + x)
+        coarser = constrain(resize(coarser, x.shape[1:3]), "batch rows columns channels")
+        return self.smooth(coarser + x)
 
 
 class ChangeDecoder(nnx.Module):

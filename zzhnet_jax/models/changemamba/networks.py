@@ -14,6 +14,7 @@ from zzhnet_jax.models.changemamba.decoders import (
     SemanticDecoder,
     resize,
 )
+from zzhnet_jax.models.dates import join_dates, split_dates
 from zzhnet_jax.models.vssm import Backbone
 from zzhnet_jax.models.vssm.layers import fold_key, make_linear
 
@@ -40,9 +41,9 @@ class Encoders(nnx.Module):
     ) -> tuple[Features, Features]:
         """Features of each date, finest first."""
         if self.together:
-            both = self.pre(jnp.concatenate((pre, post)), key=key)
-            halves = [jnp.split(feature, 2) for feature in both]
-            return [half[0] for half in halves], [half[1] for half in halves]
+            both = self.pre(join_dates(pre, post), key=key)
+            pairs = [split_dates(feature) for feature in both]
+            return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         second = self.pre if self.post is None else self.post
         return self.pre(pre, key=fold_key(key, 0)), second(post, key=fold_key(key, 1))
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.config import Activation, NormKind
 from zzhnet_jax.models.vssm.initializers import LinearInit, linear_initializers, torch_uniform
 
@@ -251,7 +252,10 @@ class Mlp(nnx.Module):
         self, x: Float[Array, "*b d_model"], *, key: jax.Array | None = None
     ) -> Float[Array, "*b d_model"]:
         """Applies the layer."""
-        x = ACTIVATIONS[self.activation](self.fc1(x))
+        x = self.fc1(x)
+        if x.ndim == 4:
+            x = constrain(x, "batch rows columns hidden")
+        x = ACTIVATIONS[self.activation](x)
         x = self.dropout(x, key=fold_key(key, 0))
         return self.dropout(self.fc2(x), key=fold_key(key, 1))
 

@@ -1,6 +1,7 @@
 """The selective scan with its parameters, as SS2D runs it over an image."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from zzhnet_jax.kernels.cross_scan import normalize_channels, scan_lines, selective_scan_2d
+from zzhnet_jax.models.placement import constrain, locally, splits
 from zzhnet_jax.models.vssm.config import SS2DConfig
 from zzhnet_jax.models.vssm.initializers import draw, step_bias, torch_uniform
 from zzhnet_jax.models.vssm.layers import matmul
@@ -67,11 +69,50 @@ def raise_steps(
 
     One product with a block-diagonal matrix: it multiplies zeros, but a batched product would have
     to move the routes to the front and the result back, which costs more (a quarter of the whole
-    operator's time on a CPU).
+    operator's time on a CPU). Where devices share out the channels it is a batched product after
+    all: each device then computes the channels that it scans, and no others.
     """
+    if splits("scanned"):
+        dt_proj = constrain(dt_proj, "routes rank scanned")
+        delta = jnp.einsum("bhwkr,krd->bhwkd", low, dt_proj)
+        return constrain(delta, "batch whole columns routes scanned")
     together = low.reshape(*low.shape[:3], -1)
     delta = matmul(together, jax.scipy.linalg.block_diag(*dt_proj))
     return delta.reshape(*low.shape[:4], -1)
+
+
+def scan_image(
+    scan: Callable[..., Array],
+    u: Float[Array, "b h w d"],
+    delta: Float[Array, "b h w k d"],
+    A: Float[Array, "k d n"],
+    B: Float[Array, "b h w k n"],
+    C: Float[Array, "b h w k n"],
+    D: Float[Array, "k d"],
+    delta_bias: Float[Array, "k d"],
+) -> Float[Array, "b h w d"]:
+    """Calls `scan` with these arguments, on every device with its own samples and channels.
+
+    A device that holds some rows of the image exchanges them for all rows of some channels, and
+    back: an all-to-all of the scan's input and output, while its much larger step sizes are made
+    where they are used.
+    """
+    image = "batch whole columns"
+    y = locally(
+        lambda u, delta, A, B, C, D, bias: scan(u, delta, A, B, C, D, delta_bias=bias),
+        (u, delta, A, B, C, D, delta_bias),
+        (
+            f"{image} scanned",
+            f"{image} routes scanned",
+            "routes scanned states",
+            f"{image} routes states",
+            f"{image} routes states",
+            "routes scanned",
+            "routes scanned",
+        ),
+        f"{image} scanned",
+    )
+    return constrain(y, "batch rows columns inner")
 
 
 class SelectiveScan(nnx.Module):
@@ -104,39 +145,28 @@ class SelectiveScan(nnx.Module):
         if self.config.pattern == "cascade":
             for routes, columns in ((slice(0, 2), False), (slice(2, 4), True)):
                 x = normalize_channels(x)
-                u, delta, A, B, C, D, bias = self._arguments(x, routes)
-                x = scan_lines(
-                    u,
-                    delta,
-                    A,
-                    B,
-                    C,
-                    D,
+                lines = partial(
+                    scan_lines,
                     columns=columns,
-                    delta_bias=bias,
                     delta_softplus=True,
                     implementation=self.config.scan_implementation,
                 )
+                x = scan_image(lines, *self._arguments(x, routes))
             return x
-        u, delta, A, B, C, D, bias = self._arguments(x, slice(0, ROUTES))
-        return selective_scan_2d(
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D,
-            delta_bias=bias,
+        scan = partial(
+            selective_scan_2d,
             delta_softplus=True,
             pattern=self.config.pattern,
             implementation=self.config.scan_implementation,
         )
+        return scan_image(scan, *self._arguments(x, slice(0, ROUTES)))
 
     def _arguments(self, x: Array, routes: slice) -> tuple[Array, ...]:
         """Arguments u, delta, A, B, C, D, delta_bias of the scan along the given routes."""
         rank, n = self.dt_proj.shape[1], self.config.d_state
         x_proj = self.x_proj[...][:, routes].astype(x.dtype)
         features = jnp.einsum("bhwd,dkf->bhwkf", x, x_proj, preferred_element_type=jnp.float32)
+        features = constrain(features, "batch whole columns routes features")
         low, B, C = jnp.split(features, (rank, rank + n), axis=-1)
         delta = raise_steps(low, self.dt_proj[routes])
         A = -jnp.exp(self.A_log[routes])

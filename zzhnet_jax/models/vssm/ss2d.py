@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.config import OutputNorm as OutputNormKind
 from zzhnet_jax.models.vssm.config import SS2DConfig
 from zzhnet_jax.models.vssm.depthwise import DepthwiseConv
@@ -89,6 +90,8 @@ class SS2D(nnx.Module):
         z = None
         if self.config.gate != "none":
             x, z = jnp.split(x, 2, axis=-1)
+            z = constrain(z, "batch rows columns inner")
+        x = constrain(x, "batch rows columns inner")
         x = x if self.conv is None else self.conv(x)
         y = self.out_norm(self.scan(act(x)))
         if self.config.output_activation == "gelu":

@@ -19,6 +19,7 @@ from zzhnet_jax.models.vssm.scans import (
     initial_dt_bias,
     initial_dt_proj,
     raise_steps,
+    scan_image,
 )
 from zzhnet_jax.models.vssm.ss2d import OutputNorm
 
@@ -61,17 +62,9 @@ class GivenScan(nnx.Module):
             rank = self.dt_proj.shape[1]
             low = jnp.broadcast_to(dt.reshape(*image, -1, rank), (*image, ROUTES, rank))
             delta = raise_steps(low, self.dt_proj[...])
-        return selective_scan_2d(
-            u,
-            delta,
-            -jnp.exp(self.A_log[...]),
-            B,
-            C,
-            self.D[...],
-            delta_bias=self.dt_bias[...],
-            delta_softplus=True,
-            implementation=self.implementation,
-        )
+        scan = partial(selective_scan_2d, delta_softplus=True, implementation=self.implementation)
+        A, D, bias = -jnp.exp(self.A_log[...]), self.D[...], self.dt_bias[...]
+        return scan_image(scan, u, delta, A, B, C, D, bias)
 
 
 class FusedSS2D(nnx.Module):

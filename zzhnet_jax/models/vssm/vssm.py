@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from zzhnet_jax.errors import ConfigError
 from zzhnet_jax.models.functional import remat
+from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.config import BlockConfig, SS2DConfig, VSSMConfig
 from zzhnet_jax.models.vssm.initializers import LinearInit, truncated_normal
 from zzhnet_jax.models.vssm.layers import (
@@ -97,6 +98,7 @@ class VSSBlock(nnx.Module):
                 else branch(norm(x), key=branch_key)
             )
             x = x + self.drop_path(y, key=fold_key(key, 2 * i + 1))
+            x = constrain(x, "batch rows columns channels")
         return x
 
 

@@ -13,6 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from zzhnet_jax.models.dates import join_dates, split_dates
+from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.config import BlockConfig
 from zzhnet_jax.models.vssm.depthwise import DepthwiseConv
 from zzhnet_jax.models.vssm.layers import (
@@ -87,13 +89,14 @@ class CrossDateScan(nnx.Module):
         self.order = order
 
     def __call__(self, x: Float[Array, "2b h w d_model"]) -> Float[Array, "2b h w d_model"]:
-        """Scans; the first half of the batch is pre, the second post."""
+        """Scans both dates of a batch made by `join_dates`."""
         act = ACTIVATIONS[self.activation]
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        u, z = (constrain(part, "batch rows columns inner") for part in (u, z))
         u = act(u if self.conv is None else self.conv(u))
-        pre, post = jnp.split(u, 2)
-        scanned = self.scan(arrange(pre, post, self.order))
-        y = self.out_norm(jnp.concatenate(separate(scanned, self.order)))
+        scanned = self.scan(arrange(*split_dates(u), self.order))
+        y = self.out_norm(join_dates(*separate(scanned, self.order)))
+        y = constrain(y, "batch rows columns inner")
         return self.out_proj(y * act(z))
 
 
@@ -133,8 +136,9 @@ class CSSM(nnx.Module):
     def __call__(
         self, x: Float[Array, "2b h w d_model"], *, key: jax.Array | None = None
     ) -> Float[Array, "2b h w d_model"]:
-        """Applies the block; the first half of the batch is pre, the second post."""
+        """Applies the block to both dates of a batch made by `join_dates`."""
         y = self.scan(self.norm(x)) * self.scan_scale[...].astype(x.dtype)
         x = x + self.drop_path(y, key=fold_key(key, 0))
         y = self.mlp(self.norm2(x), key=fold_key(key, 1)) * self.mlp_scale[...].astype(x.dtype)
-        return x + self.drop_path(y, key=fold_key(key, 2))
+        x = x + self.drop_path(y, key=fold_key(key, 2))
+        return constrain(x, "batch rows columns channels")

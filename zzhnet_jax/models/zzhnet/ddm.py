@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from zzhnet_jax.models.dates import split_dates
 from zzhnet_jax.models.vssm.depthwise import DepthwiseConv
 from zzhnet_jax.models.vssm.layers import make_conv
 from zzhnet_jax.models.zzhnet.config import DecoderNorm
@@ -38,12 +39,11 @@ class DDM(nnx.Module):
 
     def __call__(
         self,
-        pre: Float[Array, "b h w d"],
-        post: Float[Array, "b h w d"],
+        both: Float[Array, "2b h w d"],
         finer: Float[Array, "b h2 w2 d_finer"] | None = None,
     ) -> Float[Array, "b h w d"]:
-        """Difference feature of this stage's size; `finer` is None at the first stage."""
-        pre, post = jnp.split(self.norm(jnp.concatenate([pre, post])), 2)
+        """Difference of the dates in `both` (see `join_dates`); `finer` is None at the first stage."""
+        pre, post = split_dates(self.norm(both))
         signed = post - pre
         features = jnp.concatenate([jnp.abs(signed), signed, pre * post], axis=-1)
         value, gate = jnp.split(self.value_gate(features), 2, axis=-1)

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.zzhnet.config import NUM_STAGES, DecoderNorm
 from zzhnet_jax.models.zzhnet.layers import ConvNorm, ResidualBlock, SubPixelUpsample, resize
 
@@ -47,7 +48,8 @@ class DecoderStage(nnx.Module):
         x = self.project(x)
         if coarser is not None:
             coarser = coarser if self.narrow is None else self.narrow(coarser)
-            x = x + resize(coarser, x.shape[1], x.shape[2])
+            coarser = resize(coarser, x.shape[1], x.shape[2])
+            x = x + constrain(coarser, "batch rows columns channels")
         for block in self.blocks:
             x = block(x)
         return x

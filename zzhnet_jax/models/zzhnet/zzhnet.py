@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from zzhnet_jax.models.dates import join_dates, split_dates
 from zzhnet_jax.models.functional import apply_each, remat
+from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.layers import Downsample, PatchEmbed, fold_key
 from zzhnet_jax.models.vssm.vssm import VSSBlock
 from zzhnet_jax.models.zzhnet.config import NUM_STAGES, ZZHNetConfig
@@ -151,14 +153,13 @@ class ZZHNet(nnx.Module):
                 f" {self.config.in_chans}) of one shape"
             )
         height, width = pre.shape[1:3]
-        images = jnp.concatenate([pre, post]).astype(self.config.dtype)
+        images = join_dates(pre, post).astype(self.config.dtype)
         bottom, right = -height % _MULTIPLE, -width % _MULTIPLE
         images = jnp.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
         maps = self.patch_embed.maps(images)
         x = self.decoder(self._fused_features(maps[-1], key))
         if isinstance(self.head, LearnedHead):
-            stem_pre, stem_post = jnp.split(maps[0], 2)
-            logits = self.head(x, stem_pre, stem_post)
+            logits = self.head(x, *split_dates(maps[0]))
         else:
             logits = self.head(x)
         return logits[:, :height, :width]
@@ -171,10 +172,10 @@ class ZZHNet(nnx.Module):
         for i in range(NUM_STAGES):
             with jax.named_scope(f"stage{i}"):
                 x = self._encode(x, i, fold_key(key, i))
-                pre, post = jnp.split(x, 2)
-                finer = self.ddm[i](pre, post, finer)
-                fused = self.fusion[i](x, jnp.concatenate([finer, finer]))
-                features.append(jnp.concatenate([*jnp.split(fused, 2), finer], axis=-1))
+                finer = self.ddm[i](x, finer)
+                fused = self.fusion[i](x, join_dates(finer, finer))
+                both = jnp.concatenate([*split_dates(fused), finer], axis=-1)
+                features.append(constrain(both, "batch rows columns channels"))
         return features
 
     def _encode(
@@ -186,8 +187,7 @@ class ZZHNet(nnx.Module):
             x = self.shared_stages[stage](x, key=fold_key(key, 0))
         else:
             dates = [self.pre_stages[own], self.post_stages[own]]
-            pair = apply_each(dates, jnp.stack(jnp.split(x, 2)), fold_key(key, 0))
-            x = pair.reshape(-1, *pair.shape[2:])
+            x = join_dates(*apply_each(dates, jnp.stack(split_dates(x)), fold_key(key, 0)))
         if stage in self.config.cssm_stages:
             block = self.cssm[sorted(self.config.cssm_stages).index(stage)]
             key = fold_key(key, 1)
