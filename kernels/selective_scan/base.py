@@ -122,6 +122,28 @@ class Tile(NamedTuple):
     warps: int | None = None
 
 
+class KernelScan(Scan, Protocol):
+    """A scan that runs a `Kernel`."""
+
+    def __call__(
+        self,
+        u: Float[Array, "b l d"],
+        delta: Float[Array, "b l d"],
+        A: Float[Array, "d n"],
+        B: Float[Array, "b l g n"],
+        C: Float[Array, "b l g n"],
+        D: Float[Array, "d"] | None,
+        delta_bias: Float[Array, "d"] | None,
+        initial_state: Float[Array, "b d n"] | None,
+        *,
+        delta_softplus: bool,
+        reverse: bool,
+        tile: Tile | None = None,
+        interpret: Any = False,
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
+        """Runs the scan; `tile` None is the kernel's own choice, `interpret` is pallas_call's."""
+
+
 def _runs_everywhere() -> str | None:
     return None
 
