@@ -65,7 +65,7 @@ class Forward(Protocol):
         reverse: bool,
         tile: "Tile | None" = None,
         interpret: Any = False,
-    ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"], Float[Array, "b ... d"]]:
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"], Float[Array, "b k n d"]]:
         """Gives y, the last state, and what the backward half wants kept."""
 
 
@@ -82,7 +82,7 @@ class Backward(Protocol):
         D: Float[Array, "d"] | None,
         delta_bias: Float[Array, "d"] | None,
         initial_state: Float[Array, "b d n"] | None,
-        kept: Float[Array, "b ... d"],
+        kept: Float[Array, "b k n d"],
         y_gradient: Float[Array, "b l d"],
         state_gradient: Float[Array, "b d n"],
         *,
@@ -99,13 +99,18 @@ class Kernel:
     """A scan as two functions without gradients of their own.
 
     `partition.differentiable` makes a scan of it: it adds the gradient, folds `vmap` into batch or
-    channels, and splits both halves over a mesh. For that, `kept` must be an array whose first
-    axis is the batch and whose last axis is the channels, exactly as long as u's, and whose other
-    axes depend on length and d_state alone.
+    channels, and splits both halves over a mesh. What is kept is therefore of a fixed form.
+
+    Attributes:
+      forward: gives y, the last state and `kept`, the latter two in `state_dtype`.
+      backward: gives the gradients.
+      kept: how many states along the length `kept` has, given the length, d_state and tile. Neither
+        batch nor channels may have a say in it: each device sees only a part of them.
     """
 
     forward: Forward
     backward: Backward
+    kept: Callable[[int, int, "Tile | None"], int]
 
 
 class Tile(NamedTuple):

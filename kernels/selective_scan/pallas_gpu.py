@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .base import Kernel, Scan
-from .pallas_gpu_forward import forward
+from .base import Kernel, KernelScan
+from .pallas_gpu_forward import forward, kept_states
 from .pallas_gpu_vjp import backward
 from .partition import differentiable
 
@@ -45,4 +45,4 @@ def unsupported(
     return None
 
 
-pallas_gpu_scan: Scan = differentiable(Kernel(forward, backward))
+pallas_gpu_scan: KernelScan = differentiable(Kernel(forward, backward, kept_states))

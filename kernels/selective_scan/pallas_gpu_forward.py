@@ -13,7 +13,16 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from .base import Tile
-from .pallas_gpu_block import Block, Operands, Plan, call, make_plan, put_state, take_state
+from .pallas_gpu_block import (
+    Block,
+    Operands,
+    Plan,
+    call,
+    chunk_steps,
+    make_plan,
+    put_state,
+    take_state,
+)
 
 
 def forward(
@@ -52,6 +61,13 @@ def forward(
 def kept_every(plan: Plan) -> int:
     """Chunks from one kept state to the next: what is kept is no larger than u in float32."""
     return pl.next_power_of_2(pl.cdiv(plan.n, plan.steps))
+
+
+def kept_states(length: int, d_state: int, tile: Tile | None) -> int:
+    """States that are kept of a sequence; see `base.Kernel`."""
+    steps = tile.steps if tile else chunk_steps(d_state)
+    every = pl.next_power_of_2(pl.cdiv(d_state, steps))
+    return pl.cdiv(pl.cdiv(length, steps), every)
 
 
 def prepare(

@@ -27,7 +27,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from .base import Kernel, KernelScan, Tile
+from .base import Kernel, KernelScan, Tile, state_dtype
+from .deferred import deferred
 
 Arrays = dict[str, Array]
 
@@ -118,6 +119,14 @@ class _Half:
     flags: tuple[tuple[str, Any], ...]
 
     def __call__(self, arrays: Arrays) -> Arrays:
+        """Runs it; what the kernel does is traced only when the program is lowered."""
+        results = self._results(arrays)
+        body = _Body(self, tuple(arrays), tuple(results))
+        values = deferred(body, list(results.values()), *arrays.values())
+        return dict(zip(results, values, strict=True))
+
+    def run(self, arrays: Arrays) -> Arrays:
+        """Runs it here and now."""
         operands: list[Any] = [arrays.get(name) for name in OPERANDS]
         if not self.backward:
             y, state, kept = self.kernel.forward(*operands, **dict(self.flags))
@@ -125,6 +134,36 @@ class _Half:
         rest = (arrays[name] for name in ("kept", "y", "state"))
         gradients = self.kernel.backward(*operands, *rest, **dict(self.flags))
         return {k: x for k, x in zip(OPERANDS, gradients, strict=True) if x is not None}
+
+    def _results(self, arrays: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the results."""
+        if self.backward:
+            given = {k: arrays[k] for k in OPERANDS if k in arrays}
+            return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in given.items()}
+        u, A = arrays["u"], arrays["A"]
+        (b, length, d), n = u.shape, A.shape[1]
+        wide = state_dtype(*arrays.values())
+        kept = self.kernel.kept(length, n, dict(self.flags)["tile"])
+        return {
+            "y": jax.ShapeDtypeStruct(u.shape, u.dtype),
+            "state": jax.ShapeDtypeStruct((b, d, n), wide),
+            "kept": jax.ShapeDtypeStruct((b, kept, n, d), wide),
+        }
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A half as a function from arrays to arrays, hashable, in the dtypes that were declared."""
+
+    half: _Half
+    names: tuple[str, ...]
+    results: tuple[str, ...]
+
+    def __call__(self, *values: Array) -> list[Array]:
+        arrays = dict(zip(self.names, values, strict=True))
+        results = self.half.run(arrays)
+        dtypes = arrays if self.half.backward else {"y": arrays["u"]}
+        return [results[k].astype(dtypes.get(k, results[k]).dtype) for k in self.results]
 
 
 def _call(half: _Half, arrays: Arrays) -> Arrays:
