@@ -13,8 +13,8 @@ LAYERS = [
     {"kernels"},
     {"errors"},
     {"data"},
-    {"models", "evaluation"},
-    {"training", "inference", "conversion"},
+    {"models", "evaluation", "aot"},
+    {"training", "inference", "conversion", "comparison"},
     {"commands"},
     {"cli"},
 ]

@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "score a trained network on labelled image pairs",
     "predict": "map the changes between two images, or two folders of images",
     "convert": "turn a PyTorch checkpoint into a model, or back",
+    "compare-scans": "compare implementations of the selective scan on this machine",
     "models": "list the networks with their parameters, FLOPs and memory",
     "data": "check a dataset, or write synthetic scenes",
 }

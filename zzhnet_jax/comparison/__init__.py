@@ -1,0 +1,1 @@
+"""Compares implementations of the selective scan: numerically, in time and in memory."""
