@@ -1,0 +1,69 @@
+"""Reading the schedule that the TPU compiler dumps, from a shortened dump of its form."""
+
+import pytest
+
+from zzhnet_jax.aot.tpu_schedule import (
+    Loop,
+    ScheduleError,
+    bundles_per_step,
+    dump_flags,
+    read_schedule,
+)
+
+ANALYSIS = """Schedule analysis:
+\ttotal scheduled bundles:    11
+\tempty scheduled bundles:    1
+"""
+BUNDLES = """= control target key start
+LB: loop body
+= control target key end
+
+     0   :  { %s1 = inlined_call_operand.hbm [shape: f32[8,128], index: 0, kind: input] }
+   0x1   :  { %13 = vsyncpa [#allocation8], 0 }
+   0x2 LB: > { %s8 = sadd.s32 4294967295, %s9  ;;  %s10 = sphi %s11, %s12 }
+   0x3   : > { %s8 = sadd.s32 1, %s9 }
+   0x4 LB: >> { %v1 = vld [vmem:[#allocation2] sm:$0xff]  ;;  %v2 = vmul.f32 %v1, %v1 }
+   0x5   : >> { %91 = vst [vmem:[#allocation9_spill] sm:$0xff] /*vst_source=*/%v2 }
+   0x6   : >> { %v3 = vld [vmem:[#allocation9_spill] sm:$0xff]  ;;  %p1 = scmp.ge.s32 %s1, 8 }
+   0x7 PF: > { %20 = sst [smem:[#allocation3_spill]] %s8 }
+   0x8 LB: >> { %v4 = vld [vmem:[#allocation2] sm:$0xff] }
+   0x9   : >> { %v5 = vadd.f32 %v4, %v4 }
+   0xa   :  { %21 = vsyncpa [#allocation8], 1 }
+"""
+
+
+@pytest.fixture
+def dump(tmp_path):
+    """Two compilations of a kernel, the first with another count."""
+    for time, total in (("100", "7"), ("200", "11")):
+        analysis = tmp_path / f"{time}-scan_forward.1-71-schedule-analysis_final_bundles.txt"
+        analysis.write_text(ANALYSIS.replace("11", total))
+        (tmp_path / f"{time}-scan_forward.1-72-final_bundles.txt").write_text(BUNDLES)
+    return tmp_path
+
+
+def test_reads_the_last_schedule(dump):
+    schedule = read_schedule(dump, "scan_forward")
+    assert schedule.bundles == 11
+    assert schedule.loops == (
+        Loop(depth=1, bundles=3, spills=0, innermost=False),
+        Loop(depth=2, bundles=3, spills=2, innermost=True),
+        Loop(depth=2, bundles=2, spills=0, innermost=True),
+    )
+    assert schedule.innermost == (3, 2)
+    assert schedule.block_bundles == 3
+
+
+def test_bundles_per_step(dump):
+    schedule = read_schedule(dump, "scan_forward")
+    assert bundles_per_step(schedule, steps=8, tiles=2) == 5 / 16
+    assert bundles_per_step(schedule, steps=8, tiles=2, block_steps=24) == 5 / 16 + 3 / 48
+
+
+def test_no_schedule(dump):
+    with pytest.raises(ScheduleError, match="no final schedule of a kernel 'scan'"):
+        read_schedule(dump, "scan")
+
+
+def test_flags_name_the_folder(tmp_path):
+    assert f"--xla_jf_dump_to={tmp_path} " in dump_flags(tmp_path)

@@ -1,0 +1,155 @@
+"""What a TPU kernel costs in issued instructions, read from the compiler's final schedule.
+
+A TPU core issues one bundle a cycle, a very long instruction with a slot for each of its units. The
+compiler writes the bundles of every kernel to a folder if `LIBTPU_INIT_ARGS` asks for it before
+libtpu is loaded, so the compilation belongs in a process of its own:
+
+    LIBTPU_INIT_ARGS=<dump_flags(folder)>  python -c "... jax.jit(f).lower(...).compile()"
+    read_schedule(folder, "selective_scan_forward")
+
+Bundles are counted, nothing is run: waiting for memory does not appear in the count.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+
+# A line such as " 0x144 LB: >> { ...": address, what begins here, loop depth, instructions.
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*([A-Z]{2})?\s*:\s*(>*)\s*\{(.*)")
+_LOOP_BODY = "LB"
+_TOTAL = re.compile(r"total scheduled bundles:\s*(\d+)")
+_SPILLED = re.compile(r"\bv\w+ = vld [^;]*_spill\]|\bvst [^;]*_spill\]")
+
+
+class ScheduleError(UserError):
+    """The compiler left no schedule, or one in a form that is not known."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop of a kernel.
+
+    Attributes:
+      depth: 1 for the loop over the grid, more for loops inside.
+      bundles: bundles of one iteration, without those of loops inside.
+      spills: vector registers written to memory and read back in it for want of registers.
+      innermost: whether it has no loop inside.
+    """
+
+    depth: int
+    bundles: int
+    spills: int
+    innermost: bool
+
+
+@dataclass(frozen=True)
+class TpuSchedule:
+    """The final schedule of one kernel.
+
+    Attributes:
+      kernel: its name in the program.
+      bundles: all of them, each counted once.
+      loops: its loops in program order, outer before inner.
+    """
+
+    kernel: str
+    bundles: int
+    loops: tuple[Loop, ...]
+
+    @property
+    def innermost(self) -> tuple[int, ...]:
+        """Bundles of one iteration of each innermost loop, in program order."""
+        return tuple(loop.bundles for loop in self.loops if loop.innermost)
+
+    @property
+    def block_bundles(self) -> int:
+        """Bundles of one turn of the grid outside the innermost loops, each counted once."""
+        return sum(loop.bundles for loop in self.loops if not loop.innermost)
+
+
+def dump_flags(folder: Path) -> str:
+    """Value of `LIBTPU_INIT_ARGS` that makes the compiler write its schedules to a folder."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+
+
+def read_schedule(folder: Path, kernel: str) -> TpuSchedule:
+    """The schedule of a kernel from a folder of dumps; the last one if it was compiled repeatedly.
+
+    Args:
+      folder: as given to `dump_flags`.
+      kernel: `name` of the `pallas_call`.
+
+    Raises:
+      ScheduleError: the folder has no schedule of that kernel.
+    """
+    pattern = re.compile(rf"(\d+)-{re.escape(kernel)}(?:\.\d+)?-\d+-(.*final_bundles)\.txt")
+    found: dict[str, tuple[int, Path]] = {}
+    for path in folder.glob("*final_bundles.txt"):
+        match = pattern.fullmatch(path.name)
+        if match:
+            found[match[2]] = max(found.get(match[2], (0, path)), (int(match[1]), path))
+    names = ("schedule-analysis_final_bundles", "final_bundles")
+    if any(name not in found for name in names):
+        raise ScheduleError(
+            f"{folder} has no final schedule of a kernel {kernel!r}: compile it for a TPU with "
+            "LIBTPU_INIT_ARGS set to dump_flags() before libtpu is loaded"
+        )
+    analysis, bundles = (found[name][1].read_text() for name in names)
+    return parse_schedule(kernel, analysis, bundles)
+
+
+def parse_schedule(kernel: str, analysis: str, bundles: str) -> TpuSchedule:
+    """The schedule from the texts of the compiler's two files.
+
+    Args:
+      kernel: name to give it.
+      analysis: text of `*-schedule-analysis_final_bundles.txt`.
+      bundles: text of `*-final_bundles.txt`.
+
+    Raises:
+      ScheduleError: the analysis does not give the number of bundles.
+    """
+    total = _TOTAL.search(analysis)
+    if total is None:
+        raise ScheduleError(f"the schedule analysis of {kernel!r} gives no total of bundles")
+    loops: list[list[int]] = []  # depth, bundles, spills, loops inside
+    entered: dict[int, int] = {}  # index of the loop that each depth is in
+    for line in bundles.splitlines():
+        match = _BUNDLE.match(line)
+        if not match:
+            continue
+        label, depth, text = match[1], len(match[2]), match[3]
+        if label == _LOOP_BODY:
+            entered[depth] = len(loops)
+            loops.append([depth, 0, 0, 0])
+            if depth - 1 in entered and depth > 1:
+                loops[entered[depth - 1]][3] += 1
+        if depth:
+            loops[entered[depth]][1] += 1
+            loops[entered[depth]][2] += len(_SPILLED.findall(text))
+    return TpuSchedule(
+        kernel=kernel,
+        bundles=int(total[1]),
+        loops=tuple(Loop(d, count, spills, inside == 0) for d, count, spills, inside in loops),
+    )
+
+
+def bundles_per_step(
+    schedule: TpuSchedule, *, steps: int, tiles: int, block_steps: int | None = None
+) -> float:
+    """Bundles for each time step and 128 channels of a kernel whose innermost loops share the work.
+
+    Args:
+      schedule: of the kernel; every innermost loop must run over the same steps and tiles.
+      steps: time steps of one iteration of an innermost loop.
+      tiles: groups of 128 channels that an iteration handles.
+      block_steps: time steps of one turn of the grid; given, what is outside the innermost loops
+        counts too, spread over them. That is an upper bound: parts of it run in the first or last
+        turn alone.
+    """
+    per_step = sum(schedule.innermost) / (steps * tiles)
+    if block_steps is None:
+        return per_step
+    return per_step + schedule.block_bundles / (block_steps * tiles)
