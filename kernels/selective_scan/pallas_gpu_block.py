@@ -122,7 +122,7 @@ def make_plan(
 
 def chunk_steps(n: int) -> int:
     """Time steps of a chunk: what the registers of a thread hold beside n states."""
-    return 16 if n <= 16 else 8
+    return 16 if n <= 2 else 8 if n <= 32 else 4
 
 
 class Block:
