@@ -220,7 +220,8 @@ def arrange(
 
 def compiler_params(vmem: int, *, channels_parallel: bool) -> Any:
     """Mosaic's parameters: which axes of the grid are parallel, and how much VMEM is needed."""
-    channels = "parallel" if channels_parallel else "arbitrary"
+    parallel, arbitrary = pltpu.PARALLEL, pltpu.ARBITRARY
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", channels, "arbitrary"), vmem_limit_bytes=vmem
+        dimension_semantics=(parallel, parallel if channels_parallel else arbitrary, arbitrary),
+        vmem_limit_bytes=vmem,
     )

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from ..selective_scan.base import step_size
 from .frame import ROUTES, SPARE_VMEM, Frame, Inputs, compiler_params, input_blocks
+from .patterns import add_up
 from .walks import (
     Ref,
     Walk,
@@ -224,7 +225,7 @@ def _add_outputs(
                 driven = step * image.u[tile, :]
                 B, C = image.B(tile, k), image.C(tile, k)
                 state = [jnp.exp(step * rates[m]) * state[m] + driven * B[m] for m in states]
-                y = sum(C[m] * state[m] for m in states)
+                y = add_up([C[m] * state[m] for m in states])
                 total[tile, :] += masked(y, walk.inside(group) if walk.overlapping else None)
                 after.append(state)
             return after

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .frame import LANES, ROUTES, SPARE_VMEM, Frame, Inputs, compiler_params, input_blocks
-from .fused_tpu import RouteRefs, find_steps, scale_rows
+from .fused_tpu import RouteRefs, find_steps
 from .walks import (
     LINES,
     Ref,

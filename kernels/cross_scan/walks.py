@@ -184,5 +184,5 @@ def sum_channels(x: Float[Array, "8 c"]) -> Float[Array, "8 1"]:
 
 
 def masked(x: Array, mask: Array | None) -> Array:
-    """x where the mask is set, else 0, whatever x is there."""
+    """What the mask lets through; 0 elsewhere, whatever `x` is there."""
     return x if mask is None else jnp.where(mask, x, 0.0)
