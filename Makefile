@@ -4,12 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: help install install-dev demo test lint clean
+.PHONY: help install install-dev demo test lint aot scaling clean
 
 help:
 	@echo "make demo     train ZZHNet nano on synthetic scenes and draw its predictions (runs/demo)"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff and mypy"
+	@echo "make aot      compile kernels and a training step for TPUs and GPUs that are not here"
+	@echo "make scaling  compile training steps for slices of them, for the tables of docs/scaling.md"
 	@echo "make install  only the set-up: $(VENV), with zzhnet_jax installed editable"
 
 $(BIN)/python:
@@ -38,6 +40,26 @@ lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Compilers for TPUs and GPUs, which need neither; of another size and with other pins than the rest,
+# so in an environment of their own. The CUDA plugin comes without the libraries that only a GPU uses.
+AOT_VENV ?= .venv-aot
+AOT_ARGS ?=
+AOT_PACKAGES := jax==0.10.2 libtpu==0.0.42.1 triton==3.7.0 jax-triton==0.3.1
+AOT_PLUGINS := jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
+
+$(AOT_VENV)/.installed-aot: pyproject.toml
+	[ -x $(AOT_VENV)/bin/python ] || $(PYTHON) -m venv $(AOT_VENV)
+	$(AOT_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(AOT_VENV)/bin/python -m pip install --quiet --editable ".[test]" $(AOT_PACKAGES)
+	$(AOT_VENV)/bin/python -m pip install --quiet --no-deps $(AOT_PLUGINS)
+	@touch $@
+
+aot: $(AOT_VENV)/.installed-aot
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python benchmarks/aot.py $(AOT_ARGS)
+
+scaling: $(AOT_VENV)/.installed-aot
+	$(AOT_VENV)/bin/python benchmarks/scaling.py --document docs/scaling.md
 
 clean:
 	rm -rf build dist *.egg-info

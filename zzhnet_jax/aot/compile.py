@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .chips import Chip
 from .hlo_text import parse_program
@@ -105,7 +106,8 @@ def compile_for(
     Args:
       target: what for.
       function: anything that `jax.jit` takes.
-      arguments: `jax.ShapeDtypeStruct`s; one without a sharding goes to the first device.
+      arguments: `jax.ShapeDtypeStruct`s; one without a sharding is whole on every device of the
+        others' mesh, or on the first device where none has one.
       options: of `jax.jit`, such as `donate_argnums`.
 
     Returns:
@@ -114,13 +116,19 @@ def compile_for(
     Raises:
       TargetError: the target's compiler is not installed.
     """
-    first = jax.sharding.SingleDeviceSharding(target.devices[0])
+    alone = jax.make_mesh(
+        (1,), ("device",), axis_types=(AxisType.Auto,), devices=target.devices[:1]
+    )
+    given = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)]
+    mesh = next((s.mesh for s in given if isinstance(s, NamedSharding)), alone)
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None) or first
+        sharding = getattr(leaf, "sharding", None) or NamedSharding(mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.jit(function, **options).lower(*jax.tree.map(placed, arguments)).compile()
+    # Kernels for a device that is not there ask the mesh what it is.
+    with jax.set_mesh(mesh):
+        return jax.jit(function, **options).lower(*jax.tree.map(placed, arguments)).compile()
 
 
 def timed(compile_it: Callable[[], Compiled]) -> tuple[Compiled, float]:
