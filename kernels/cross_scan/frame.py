@@ -1,6 +1,5 @@
 """What the fused TPU kernels work on: sizes, blocks, and the arguments arranged for them."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from .walks import Walk, round_up, rows_in_memory, walk_over
 LANES = 128
 ROUTES = 4
 SPARE_VMEM = 2**20  # for what the compiler keeps there itself
+SMALLEST_VMEM = 2**24  # TPU v4's
 
 
 class Frame(NamedTuple):
@@ -201,21 +201,26 @@ def arrange(
     A: Float[Array, "4 d n"],
     B: Float[Array, "b h w 4 n"],
     C: Float[Array, "b h w 4 n"],
-    D: Float[Array, "4 d"] | None,
-    delta_bias: Float[Array, "4 d"] | None,
+    D: Float[Array, "4 d"],
+    delta_bias: Float[Array, "4 d"],
 ) -> Inputs:
-    """The arguments of a scan as the kernels take them."""
-    wide = partial(jnp.asarray, dtype=jnp.float32)
-    nothing = jnp.zeros((ROUTES, frame.channels), jnp.float32)
-    bias = nothing if delta_bias is None else wide(delta_bias)
+    """The arguments of a scan as the kernels take them; all but u and delta are float32."""
     pixels = (frame.batch, frame.height * frame.width, -1)
     return Inputs(
         u=u.reshape(pixels),
         delta=split_routes(frame, delta),
-        matrices=jnp.concatenate([wide(B), wide(C)], -1).reshape(pixels),
-        weights=jnp.concatenate([wide(A).swapaxes(1, 2), bias[:, None]], 1),
-        direct=jnp.sum(nothing if D is None else wide(D), 0, keepdims=True),
+        matrices=jnp.concatenate([B, C], -1).reshape(pixels),
+        weights=jnp.concatenate([A.swapaxes(1, 2), delta_bias[:, None]], 1),
+        direct=jnp.sum(D, 0, keepdims=True),
     )
+
+
+def vmem_capacity() -> int:
+    """VMEM of the TPU here or in the mesh that is set; of the smallest if neither is known."""
+    try:
+        return int(pltpu.get_tpu_info().vmem_capacity_bytes)
+    except ValueError:
+        return SMALLEST_VMEM
 
 
 def compiler_params(vmem: int, *, channels_parallel: bool) -> Any:

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from ..selective_scan.base import output
 from .frame import LANES, ROUTES, SPARE_VMEM, Frame, Inputs, compiler_params, input_blocks
 from .fused_tpu import RouteRefs, find_steps
 from .walks import (
@@ -72,14 +73,13 @@ def backward(frame: Frame, inputs: Inputs, starts: Array, y_gradient: Array) -> 
       starts: the states that it kept.
       y_gradient: gradient of y, (b, l, d), in u's dtype.
     """
-    b, channels = frame.batch, frame.channels
-    image = jax.ShapeDtypeStruct(inputs.u.shape, inputs.u.dtype)
+    b, channels, u = frame.batch, frame.channels, inputs.u
     shapes = Gradients(
-        u=image,
-        delta=jax.ShapeDtypeStruct(inputs.delta.shape, inputs.delta.dtype),
-        matrices=jax.ShapeDtypeStruct(inputs.matrices.shape, jnp.float32),
-        weights=jax.ShapeDtypeStruct((b, ROUTES, frame.states + 1, channels), jnp.float32),
-        direct=jax.ShapeDtypeStruct((b, 1, channels), jnp.float32),
+        u=output(u.shape, u.dtype, like=u),
+        delta=output(inputs.delta.shape, inputs.delta.dtype, like=u),
+        matrices=output(inputs.matrices.shape, jnp.float32, like=u),
+        weights=output((b, ROUTES, frame.states + 1, channels), jnp.float32, like=u),
+        direct=output((b, 1, channels), jnp.float32, like=u),
     )
     blocks = Gradients(
         u=frame.image(),

@@ -1,20 +1,27 @@
 """The two-dimensional selective scan: four routes through an image, scanned and summed.
 
-All arguments stay in image layout and a backward route is a scan with `reverse=True`, so that no
-flipped copy of the image is made, and of transposed ones only those of the column routes.
+Either one kernel goes along all four routes (see `fused.py`), or each route is a scan of its own.
+Then too all arguments stay in image layout and a backward route is a scan with `reverse=True`, so
+that no flipped copy of the image is made, and of transposed ones only those of the column routes.
 """
 
+import functools
+import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from ..selective_scan import ShapeError, selective_scan
-from ..selective_scan.base import as_array, as_optional_array, expect_shape
+from ..selective_scan.base import as_array, as_optional_array, expect_floating, expect_shape
 from .patterns import ScanPattern, add_up, flatten, routes_of, unflatten
 
 _NORM_EPSILON = 1e-5
+_log = logging.getLogger("zzhnet_jax")
 
 
 class _Routes(NamedTuple):
@@ -63,7 +70,8 @@ def selective_scan_2d(
       delta_bias: added to delta before the softplus.
       delta_softplus: as in `selective_scan`.
       pattern: as in `cross_scan`.
-      implementation: as in `selective_scan`.
+      implementation: as in `selective_scan`. "pallas_tpu", and None on a TPU, scan all routes in
+        one kernel if the pattern is not "cascade" and an image fits in the TPU's VMEM.
 
     Returns:
       The sum over the routes, taken in float32 at least, in u's dtype.
@@ -75,7 +83,7 @@ def selective_scan_2d(
 
     Source: Liu et al., "VMamba: Visual State Space Model", 2024.
     """
-    routes = routes_of(pattern)
+    routes_of(pattern)
     arrays = _validated(4, u, delta, A, B, C, D, delta_bias)
     if pattern == "cascade":
         y = arrays.u
@@ -84,9 +92,70 @@ def selective_scan_2d(
             y = _scan_lines(pair, columns, delta_softplus, implementation)
         return y
 
+    expect_floating(**arrays._asdict())
+    options = dict(pattern=pattern, delta_softplus=bool(delta_softplus))
+    return _run(
+        arrays,
+        implementation=implementation,
+        fuse=_where_fused(arrays, pattern, implementation),
+        **options,
+    )
+
+
+def _where_fused(arrays: _Routes, pattern: ScanPattern, implementation: str | None) -> bool:
+    """Whether TPUs are to scan all routes in one kernel."""
+    if implementation not in (None, "pallas_tpu"):
+        return False
+    from . import fused  # Pallas takes long to import
+
+    if implementation is not None and fused.unavailable() is not None:
+        return False  # the scan of a single route says why
+    reason = fused.unsupported(*arrays, pattern=pattern)
+    _tell(reason)
+    return reason is None
+
+
+@functools.cache
+def _tell(reason: str | None) -> None:
+    """Logs what was decided, the first time it is."""
+    what = "all routes in one kernel" if reason is None else f"each route by itself: {reason}"
+    _log.info("selective_scan_2d on a TPU runs %s", what)
+
+
+@partial(jax.jit, static_argnames=("pattern", "delta_softplus", "implementation", "fuse"))
+def _run(
+    arrays: _Routes,
+    *,
+    pattern: ScanPattern,
+    delta_softplus: bool,
+    implementation: str | None,
+    fuse: bool,
+) -> Float[Array, "b h w d"]:
+    """The scan of validated arguments, of a pattern other than the cascade."""
+
+    def together(*arrays: Any) -> Float[Array, "b h w d"]:
+        from .fused import fused_scan
+
+        y = fused_scan(*arrays, delta_softplus=delta_softplus, pattern=pattern)
+        return y.astype(arrays[0].dtype)
+
+    def one_by_one(*arrays: Any) -> Float[Array, "b h w d"]:
+        return _scan_routes(_Routes(*arrays), pattern, delta_softplus, implementation)
+
+    if not fuse:
+        return one_by_one(*arrays)
+    if implementation is not None:
+        return together(*arrays)
+    return lax.platform_dependent(*arrays, tpu=together, default=one_by_one)
+
+
+def _scan_routes(
+    arrays: _Routes, pattern: ScanPattern, delta_softplus: bool, implementation: str | None
+) -> Float[Array, "b h w d"]:
+    """One scan for each route."""
     height, width = arrays.u.shape[1:3]
     images = []
-    for k, (columns, backward) in enumerate(routes):
+    for k, (columns, backward) in enumerate(routes_of(pattern)):
 
         def arrange(x: Array, columns: bool = columns) -> Array:
             return flatten(x, columns=columns)
