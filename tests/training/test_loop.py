@@ -120,11 +120,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_images(
     run_dir = shutil.copytree(finished[0], tmp_path / "diverging")
     put_batch, seen = loop.put_batch, []
 
-    def spoil(batch, mesh):
+    def spoil(batch, mesh, **options):
         seen.append(batch)
         if len(seen) == 3:
             batch = batch | {"pre": np.full_like(batch["pre"], np.inf)}
-        return put_batch(batch, mesh)
+        return put_batch(batch, mesh, **options)
 
     names = []
     monkeypatch.setattr(loop, "put_batch", spoil)

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from zzhnet_jax.aot.targets import TARGETS_HELP
 from zzhnet_jax.errors import ConfigError
 from zzhnet_jax.models import registry
-from zzhnet_jax.training.config import ExperimentConfig, load_config
+from zzhnet_jax.training.config import DistributedConfig, ExperimentConfig, load_config
 
-from .arguments import parse
+from .arguments import ArgumentError, Switch, option, parse
 
 _OVERRIDES = "--model.overrides."
 
@@ -24,17 +25,46 @@ class TrainArguments(ExperimentConfig):
 
     Attributes:
       config: the experiment file, for example configs/zzhnet_nano_synthetic.py.
+      distributed: how several processes find each other.
+      dry_run: train nothing and read no data: compile the training step, and print how parameters
+        are split, what each device needs and sends, and the least time a step can take. Ends with
+        exit code 1 if it does not fit.
+      target: with --dry-run, compile for these accelerators, which need not be here, for example
+        TARGETS.
+      json: with --dry-run, print one JSON object.
+      profile: write a trace of this many steps to the run folder, for TensorBoard or Perfetto; it
+        begins after the first steps, which are not typical.
     """
 
     config: str | None = None
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    dry_run: Switch = False
+    target: Annotated[str | None, option("TARGET")] = None
+    json: Switch = False
+    profile: int = 0
+
+
+_OPTIONS = ("config", "distributed", "dry_run", "target", "json", "profile")
+TrainArguments.__doc__ = (TrainArguments.__doc__ or "").replace("TARGETS", TARGETS_HELP)
 
 
 def main(argv: Sequence[str], *, prog: str = "zzhnet train") -> int:
     """Runs the command; returns its exit code."""
-    config = read_experiment(argv, prog=prog)
-    from zzhnet_jax.training.loop import train
+    config, given = read_arguments(argv, prog=prog)
+    if given.dry_run:
+        from . import dry_run
 
-    train(config)
+        return dry_run.main(config, target=given.target, as_json=given.json)
+    for flag in ("target", "json"):
+        if getattr(given, flag):
+            raise ArgumentError(f"--{flag} goes with --dry-run; see {prog} --help")
+    if given.profile < 0:
+        raise ConfigError("--profile", given.profile, "a number of steps, at least 0")
+    from zzhnet_jax.training.loop import train
+    from zzhnet_jax.training.processes import connect
+
+    connect(given.distributed)
+    train(config, profile=given.profile)
     return 0
 
 
@@ -44,20 +74,28 @@ def read_experiment(argv: Sequence[str], *, prog: str) -> ExperimentConfig:
     Raises:
       UserError: the file, a field or a value is wrong.
     """
+    return read_arguments(argv, prog=prog)[0]
+
+
+def read_arguments(argv: Sequence[str], *, prog: str) -> tuple[ExperimentConfig, TrainArguments]:
+    """The experiment that a command line describes, and what to do with it.
+
+    Raises:
+      UserError: the file, a field or a value is wrong.
+    """
     overrides, argv = _split_overrides(argv)
     path = _value_of("--config", argv)
     base = load_config(path) if path else ExperimentConfig()
     default = TrainArguments(**_fields(base), config=path)
     given = parse(TrainArguments, argv, prog=prog, default=default)
-    values = _fields(given)
-    values.pop("config")
+    values = {name: value for name, value in _fields(given).items() if name not in _OPTIONS}
     config = ExperimentConfig(**values)
     if not overrides:
-        return config
+        return config, given
     spec = config.model
     network = _override_network(spec.name, spec.overrides, overrides, prog=prog)
     model = dataclasses.replace(spec, overrides=network)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model), given
 
 
 def _override_network(

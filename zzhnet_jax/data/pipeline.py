@@ -1,16 +1,16 @@
 """Turns a source into an endless, seeded and exactly resumable stream of training batches.
 
 The stream is one fixed sequence of examples: epoch after epoch, each in its own shuffled order,
-each example augmented by a generator seeded with its position. Processes take turns along it and
-workers take turns at whole batches, so that neither their number nor an interruption changes what
-is in it.
+each example augmented by a generator seeded with its position. Every batch is dealt out in blocks,
+one a process, and workers take turns at whole batches, so that neither their number nor an
+interruption changes what is in it, or in which order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -71,8 +71,8 @@ def training_batches(
       source: labelled pairs.
       config: crop, batch and augmentation; `batch_size` is that of all processes together.
       seed: order and augmentation follow from it.
-      process_index: which share of every global batch this process takes.
-      process_count: number of processes.
+      process_index: which share of every global batch, in order, this process takes.
+      process_count: number of shares.
 
     Returns:
       An iterator over `Batch`es of `batch_size / process_count` examples.
@@ -171,15 +171,18 @@ class TrainingBatches(Iterator[Batch]):
             flags.FLAGS.mark_as_parsed()
         config = self._config
         order_seed = int(np.random.SeedSequence((self._seed, _ORDER)).generate_state(1)[0])
-        dataset = (
+        examples = (
             grain.MapDataset.source(self._source)
             .shuffle(order_seed)
             .repeat()
             .map_with_index(_Augment(config.crop_size, config.augmentation, self._seed))
-            .slice(slice(self._process_index, None, self._process_count))
-            .batch(
-                config.batch_size // self._process_count, batch_fn=_Stack(config.mean, config.std)
+        )
+        share = config.batch_size // self._process_count
+        dataset = (
+            grain.MapDataset.source(
+                _Share(examples, config.batch_size, self._process_index * share, share)
             )
+            .batch(share, batch_fn=_Stack(config.mean, config.std))
             .slice(slice(position, None))
         )
         threads = 0 if config.workers else 1
@@ -218,6 +221,23 @@ class _Augment:
             rng=np.random.default_rng((self.seed, _AUGMENT, position)),
         )
         return {"pre": pre, "post": post, "label": label, "name": pair["name"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Of every `batch` examples, the `size` that begin at `first`."""
+
+    examples: Sequence[Pair]
+    batch: int
+    first: int
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch * self.size
+
+    def __getitem__(self, index: int) -> Pair:
+        number, place = divmod(index, self.size)
+        return self.examples[number * self.batch + self.first + place]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ scene of any size needs device memory for two batches of tiles: one computed, on
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zzhnet_jax.data.pipeline import normalize
 from zzhnet_jax.errors import CheckpointError, ConfigError, DataError
@@ -45,7 +46,7 @@ class Predictor:
     """Computes change probabilities of image pairs; compiled once for all of them.
 
     Attributes:
-      batch_size: tiles computed at a time; it bounds the memory.
+      batch_size: tiles computed at a time, by all devices; it bounds the memory.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Predictor:
         batch_size: int = 4,
         flips: bool = False,
         exchange_dates: bool = False,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
         """Prepares a network.
 
@@ -67,6 +69,7 @@ class Predictor:
           batch_size: tiles computed at a time.
           flips: average over the images as they are, flipped either way, and both (4 x the work).
           exchange_dates: average over both orders of the dates (2 x the work).
+          devices: each takes `batch_size` tiles at a time; JAX's default device alone if None.
 
         Raises:
           ConfigError: a size that makes no tiling.
@@ -74,17 +77,19 @@ class Predictor:
         if batch_size < 1:
             raise ConfigError("batch_size", batch_size, "at least 1")
         check_tile(tile_size, overlap)
-        self.tile_size, self.overlap, self.batch_size = tile_size, overlap, batch_size
+        devices = devices or []
+        self.tile_size, self.overlap = tile_size, overlap
+        self.batch_size = batch_size * max(len(devices), 1)
         self._card = model.card
         graphdef, params, stats = functional.split(model)
-        self._forward = partial(
-            _change_probability,
-            jax.device_put(params),
-            jax.device_put(stats),
-            graphdef=graphdef,
-            flips=flips,
-            exchange_dates=exchange_dates,
-        )
+        options = dict(graphdef=graphdef, flips=flips, exchange_dates=exchange_dates)
+        if len(devices) > 1:
+            mesh = Mesh(np.array(devices), ("tiles",))
+            params, stats = jax.device_put((params, stats), NamedSharding(mesh, PartitionSpec()))
+            self._forward = partial(_on_every_device, params, stats, mesh=mesh, **options)
+        else:
+            params, stats = jax.device_put((params, stats), devices[0] if devices else None)
+            self._forward = partial(_change_probability, params, stats, **options)
 
     def probability(self, pre: np.ndarray, post: np.ndarray) -> np.ndarray:
         """Change probability of one pair.
@@ -239,6 +244,28 @@ def _change_probability(
     results = jax.lax.map(forward, jnp.stack(views))  # one after the other: memory of one view
     back = [jnp.flip(r, axes) for r, axes in zip(results, flipped * len(orders), strict=True)]
     return jnp.mean(jnp.stack(back), axis=0)
+
+
+@partial(jax.jit, static_argnames=("mesh", "graphdef", "flips", "exchange_dates"))
+def _on_every_device(
+    params: functional.Tree,
+    stats: functional.Tree,
+    pre: jax.Array,
+    post: jax.Array,
+    *,
+    mesh: Mesh,
+    **options: Any,
+) -> jax.Array:
+    """`_change_probability` of an equal share of the images on every device of a mesh."""
+    whole, shared = PartitionSpec(), PartitionSpec("tiles")
+    run = jax.shard_map(
+        partial(_change_probability, **options),
+        mesh=mesh,
+        in_specs=(whole, whole, shared, shared),
+        out_specs=shared,
+        check_vma=False,
+    )
+    return run(params, stats, pre, post)
 
 
 def predict(

@@ -4,15 +4,26 @@ Training, conversion and checkpoints only ever see `(params, batch_stats)`: nest
 Everything that depends on the version of Flax stands here.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 Tree = dict[str, Any]
 Build = Callable[[nnx.Rngs], nnx.Module]
+
+RematPolicy = Literal["none", "blocks", "blocks+scan", "offload"]
+
+# What scans keep for their gradient carries the second of these names, see `kernels`.
+_BLOCK_INPUT, _SCAN_STATES = "block_input", "scan_states"
+
+_remat_policy: ContextVar[RematPolicy | None] = ContextVar("remat_policy", default=None)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
@@ -96,25 +107,67 @@ def initializer(
     return init
 
 
-def remat(block: nnx.Module, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Calls `block(x, key=key)`, keeping only its input for the backward pass.
+@contextmanager
+def remat_policy(policy: RematPolicy | None) -> Iterator[None]:
+    """Networks traced inside keep for the backward pass what `policy` says; None leaves it to them.
 
-    Batch statistics are updated as in a plain call.
+    "none" keeps everything. The others keep the input of every block and compute the rest again:
+    "blocks" except the scans, "blocks+scan" these too, "offload" as well, with the inputs waiting
+    in the host's memory.
     """
+    token = _remat_policy.set(policy)
+    try:
+        yield
+    finally:
+        _remat_policy.reset(token)
+
+
+def call_block(
+    block: nnx.Module, x: jax.Array, key: jax.Array | None = None, *, remat: bool
+) -> jax.Array:
+    """Calls `block(x, key=key)` under the remat policy in force.
+
+    Args:
+      block: a part of a network that gives one array.
+      x: its input.
+      key: random key, or None.
+      remat: what the network's own config wants where no policy is in force.
+
+    Returns:
+      What a plain call gives; batch statistics are updated as in one.
+    """
+    policy = _remat_policy.get() or ("blocks+scan" if remat else "none")
+    if policy == "none":
+        return cast(Any, block)(x, key=key)
     graphdef, params, stats = split(block)
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, policy=_what_to_keep(policy))
     def run(
         params: Tree, stats: Tree, x: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, Tree]:
         inner = merge(graphdef, params, stats)
-        y = inner(x, key=key)
+        y = inner(checkpoint_name(x, _BLOCK_INPUT), key=key)
         return y, nnx.to_pure_dict(nnx.state(inner, nnx.BatchStat))
 
     y, stats = run(params, stats, x, key)
     if stats:
         nnx.update(block, stats)
     return y
+
+
+def _what_to_keep(policy: RematPolicy) -> Callable[..., Any] | None:
+    """The policy in the form in which `jax.checkpoint` takes it."""
+    policies = jax.checkpoint_policies
+    if policy == "blocks":
+        return policies.save_only_these_names(_SCAN_STATES)
+    if policy == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_BLOCK_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return None
 
 
 def apply_each(

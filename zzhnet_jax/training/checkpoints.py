@@ -5,6 +5,7 @@ Orbax writes them in the background, each under a temporary name until it is who
 
 import contextlib
 import errno
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from zzhnet_jax.errors import CheckpointError
 
+from .processes import from_first, is_first
 from .state import TrainState
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -73,6 +76,59 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint."""
         return self._manager.latest_step()
+
+    def newest_good(self) -> tuple[int | None, list[str]]:
+        """The newest checkpoint that can be read; damaged ones after it are put aside.
+
+        The first process reads it whole, before all of them restore it together, so that none can
+        fail alone and leave the others waiting.
+
+        Returns:
+          Its step, None if there is no checkpoint at all; and what was found on the way, a line for
+          each damaged one.
+
+        Raises:
+          CheckpointError: there are checkpoints, and none can be read.
+        """
+        found: list[str] = []
+        while (step := self.latest_step()) is not None:
+            reason = self._damage(step) if is_first() else None
+            if not from_first(int(reason is not None)):
+                return step, found
+            where = self.directory / str(step)
+            if len(self._manager.all_steps()) == 1:
+                raise CheckpointError(
+                    f"{where}: cannot be restored ({reason}) and there is no other checkpoint;"
+                    " delete this folder to begin anew, or choose another --run-dir"
+                )
+            aside = self.directory.parent / f"damaged-checkpoint-{step}"
+            if is_first():
+                shutil.rmtree(aside, ignore_errors=True)
+                where.rename(aside)
+            from_first(0)
+            self._manager.reload()
+            found.append(
+                f"{where} cannot be restored ({reason}); it is now {aside.name}, and the checkpoint"
+                " before it is used"
+            )
+        return None, found
+
+    def _damage(self, step: int) -> str | None:
+        """Why a checkpoint cannot be read; None if it can. Asked by the first process alone."""
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="damage"
+        )
+        folder = self.directory / str(step)
+        try:
+            json.loads((folder / "progress" / "metadata").read_text())
+            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+                tree = reader.metadata(folder / "state").item_metadata.tree
+                to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+                reader.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=to_numpy))
+        except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+            return str(error).strip().splitlines()[0][:200]
+        return None
 
     def save(self, step: int, state: TrainState, progress: Progress, *, f1: float | None) -> None:
         """Starts to write a checkpoint and returns as soon as the state may be changed.

@@ -14,6 +14,7 @@ import tyro
 
 from zzhnet_jax.data.config import DataConfig
 from zzhnet_jax.errors import ConfigError
+from zzhnet_jax.models.functional import RematPolicy
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -28,11 +29,14 @@ class ModelSpec:
     Attributes:
       name: a preset; `zzhnet models` lists them.
       num_classes: classes of the output; 2 is unchanged and changed.
+      compute_dtype: what the network computes in; None is what its preset says. Weights, optimizer
+        state and scans are float32 in any case.
       overrides: fields of the preset to replace; on the command line --model.overrides.FIELD VALUE.
     """
 
     name: str = "zzhnet_nano"
     num_classes: int = 2
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
     overrides: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +97,12 @@ class TrainConfig:
       keep_checkpoints: how many of the newest to keep, beside the one with the best validation F1.
       pictures: validation pairs shown in predictions.png.
       loss: weights of the loss terms.
+      accumulation: parts that each batch is computed in, one after another, in as many times less
+        memory. The gradient is that of the whole batch, for every loss term (with lovasz or dice
+        this takes one more forward pass); only BatchNorm sees the parts by themselves.
+      remat: what is computed again in the backward pass rather than kept: "none"; "blocks", all of
+        a block but its scans; "blocks+scan", these too; "offload", likewise, with the blocks'
+        inputs in host memory meanwhile. None is what the network's own config says.
       compilation_cache: folder that keeps compiled programs between runs; None turns it off.
     """
 
@@ -103,10 +113,13 @@ class TrainConfig:
     keep_checkpoints: int = 2
     pictures: int = 6
     loss: LossConfig = LossConfig()
+    accumulation: int = 1
+    remat: RematPolicy | None = None
     compilation_cache: str | None = "~/.cache/zzhnet_jax"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "validate_every", "checkpoint_every"):
+        counts = ("steps", "log_every", "validate_every", "checkpoint_every", "accumulation")
+        for name in counts:
             _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
         keep = self.keep_checkpoints
         _require(keep > 0, "train.keep_checkpoints", keep, "at least 1")
@@ -167,27 +180,63 @@ class MeshConfig:
     Attributes:
       data: copies of the network, each with its share of the batch.
       fsdp: likewise, and parameters and optimizer state are split among them.
-      tensor: parts of a layer's channels; 1 in this version.
-      spatial: parts of an image's rows; 1 in this version.
+      tensor: parts of the inner channels of scans and MLPs.
+      spatial: parts of an image's rows.
+      shard_optimizer: split the optimizer's state over `data` as well (ZeRO-1).
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     spatial: int = 1
+    shard_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp"):
+        rest = None
+        for name in ("data", "fsdp", "tensor", "spatial"):
             value = getattr(self, name)
             _require(
                 value == -1 or value > 0, f"mesh.{name}", value, "positive, or -1 for the rest"
             )
+            _require(
+                value > 0 or rest is None, f"mesh.{name}", -1, f"positive, as mesh.{rest} is -1 too"
+            )
+            rest = name if value == -1 else rest
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of one run find each other; not needed where a cluster tells them.
+
+    Attributes:
+      coordinator: address and port of process 0, as 10.0.0.1:1234.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0.
+      timeout: seconds to wait for the others to start.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: int = 300
+
+    def __post_init__(self) -> None:
+        address = self.coordinator
         _require(
-            (self.data, self.fsdp) != (-1, -1), "mesh.fsdp", -1, "positive, as mesh.data is -1 too"
+            address is None or (":" in address and address.rsplit(":", 1)[1].isdigit()),
+            "distributed.coordinator",
+            address,
+            "an address with a port, as 10.0.0.1:1234",
         )
-        for name in ("tensor", "spatial"):
-            value = getattr(self, name)
-            _require(value == 1, f"mesh.{name}", value, "1: only data and fsdp can be split so far")
+        count, index = self.num_processes, self.process_id
+        _require(count is None or count > 0, "distributed.num_processes", count, "at least 1")
+        _require(
+            index is None or 0 <= index < (index + 1 if count is None else count),
+            "distributed.process_id",
+            index,
+            "at least 0 and below distributed.num_processes",
+        )
+        _require(self.timeout > 0, "distributed.timeout", self.timeout, "at least 1")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ import rich.progress
 from PIL import Image
 from rich.console import Console
 
+# From this share on, a run is told that its data comes too slowly.
+_MUCH_WAITING = 0.1
+
 
 class MetricsLog:
     """Appends to metrics.jsonl and to TensorBoard's event files."""
@@ -49,6 +52,19 @@ class MetricsLog:
         self._board.close()
 
 
+class NoLog:
+    """Takes what `MetricsLog` takes and writes nothing, for all processes but the first."""
+
+    def row(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def _is_before(row: str, step: int) -> bool:
     """Whether a line is whole and of no later step; the last one may have been cut off."""
     try:
@@ -62,7 +78,15 @@ class StepTimer:
 
     def __init__(self) -> None:
         """Starts now."""
-        self._start, self._steps = time.perf_counter(), 0
+        self.restart()
+
+    def wait(self, seconds: float) -> None:
+        """Counts time in which the devices had nothing to do."""
+        self._waited += seconds
+
+    def waiting(self) -> float:
+        """Share of the time since it was last read that such waiting took."""
+        return min(self._waited / max(time.perf_counter() - self._start, 1e-9), 1.0)
 
     def tick(self) -> None:
         """Counts a step."""
@@ -70,7 +94,7 @@ class StepTimer:
 
     def restart(self) -> None:
         """Forgets the time so far."""
-        self._start, self._steps = time.perf_counter(), 0
+        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def read(self) -> float:
         """Seconds per step; starts anew."""
@@ -120,7 +144,7 @@ class ProgressDisplay:
         """Moves the bar."""
         self._bar.update(self._task, completed=step)
 
-    def report(self, step: int, *, loss: float, seconds: float, pairs: int) -> None:
+    def report(self, step: int, *, loss: float, seconds: float, pairs: int, waiting: float) -> None:
         """Shows the figures of a step.
 
         Args:
@@ -128,8 +152,11 @@ class ProgressDisplay:
           loss: its loss.
           seconds: time per step.
           pairs: image pairs per step.
+          waiting: share of the time in which devices waited for data; shown from a tenth on.
         """
         figures = f"loss {loss:.4f}  {seconds * 1e3:.0f} ms/step  {pairs / seconds:.1f} pairs/s"
+        if waiting >= _MUCH_WAITING:
+            figures += f"  {waiting:.0%} waiting for data (see --data.workers)"
         self._bar.update(self._task, figures=figures)
         if self._bar.disable:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self._total - step)))

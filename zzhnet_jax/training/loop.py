@@ -1,65 +1,64 @@
 """The training loop: steps, validation, checkpoints and records.
 
 The host runs one step ahead of the device: while a step computes, the next batch is prepared and
-the figures of the step before are read. Whatever decides the sequence of losses (state, place in
-the data, random keys by step) is in a checkpoint, so that an interrupted run goes on exactly.
+moved to it, and the figures of the step before are read. Whatever decides the sequence of losses
+(state, place in the data, random keys by step) is in a checkpoint, so that an interrupted run goes
+on exactly, on as many devices and processes as there are then. Every process runs this loop; the
+first one alone prints and writes.
 """
 
 import dataclasses
-import json
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from rich.console import Console
 
-from zzhnet_jax.data.pipeline import fingerprint, training_batches
+from zzhnet_jax.data.pipeline import training_batches
 from zzhnet_jax.data.sources import open_source
 from zzhnet_jax.errors import CheckpointError, UserError
 from zzhnet_jax.evaluation import json_ready
-from zzhnet_jax.models import functional, io, registry
+from zzhnet_jax.models import functional, io
 
 from .checkpoints import Checkpoints, Progress, is_full_disk
-from .config import ExperimentConfig, ModelSpec
-from .environment import describe_environment, enable_compilation_cache, write_json
-from .logging import MetricsLog, ProgressDisplay, StepTimer
-from .optimizer import decay_mask, make_optimizer, make_schedule
-from .packing import Packing
+from .config import ExperimentConfig
+from .environment import enable_compilation_cache
+from .logging import MetricsLog, NoLog, ProgressDisplay, StepTimer
+from .processes import is_first, others_alive
+from .program import Program, model_builder
+from .record import describe_run, report_best, write_summary
 from .resume import check_resumable
-from .sharding import check_batch, make_mesh, put_batch
-from .state import Build, StateMaker, TrainState
-from .step import Metrics, TrainStep, compile_train_step
+from .sharding import gather_to_host, make_mesh, process_share, put_batch
+from .state import Build, TrainState
+from .step import Metrics, TrainStep
+from .stopping import StopRequest
+from .utilization import Utilization
 from .validation import validate, warm_up
+
+__all__ = ["NonFiniteLossError", "Trainer", "model_builder", "train"]
 
 
 class NonFiniteLossError(UserError):
     """The loss or its gradient became infinite or NaN."""
 
 
-def model_builder(spec: ModelSpec) -> Build:
-    """The function that makes a run's network from its random streams."""
-
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        return registry.create_model(
-            spec.name, num_classes=spec.num_classes, rngs=rngs, **spec.overrides
-        )
-
-    return build
-
-
-def train(config: ExperimentConfig, *, build: Build | None = None) -> dict[str, Any]:
+def train(
+    config: ExperimentConfig, *, build: Build | None = None, profile: int = 0
+) -> dict[str, Any]:
     """Trains a network, or goes on with a run that was interrupted.
+
+    With several processes (see `processes.connect`) all of them call this alike.
 
     Args:
       config: the experiment; `config.run_dir` receives everything.
       build: makes the network; that of `config.model` if None.
+      profile: steps to write a trace of, into the run's folder.
 
     Returns:
-      The summary that is also written to metrics.json.
+      The summary that is also written to metrics.json; that of the steps so far where SIGTERM ended
+      the run early, after a checkpoint.
 
     Raises:
       ConfigError: a field does not fit the data or the devices.
@@ -69,18 +68,19 @@ def train(config: ExperimentConfig, *, build: Build | None = None) -> dict[str, 
     """
     enable_compilation_cache(config.train.compilation_cache)
     trainer = None
-    try:
-        trainer = Trainer(config, build or model_builder(config.model), Console())
-        return trainer.run()
-    except OSError as error:
-        if not is_full_disk(error):
-            raise
-        raise CheckpointError(
-            f"{config.run_dir}: the disk is full; free space and run the same command again"
-        ) from error
-    finally:
-        if trainer:
-            trainer.close()
+    with others_alive(), StopRequest() as stop:
+        try:
+            trainer = Trainer(config, build, Console(quiet=not is_first()), stop, profile)
+            return trainer.run()
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            raise CheckpointError(
+                f"{config.run_dir}: the disk is full; free space and run the same command again"
+            ) from error
+        finally:
+            if trainer and jax.process_count() == 1:
+                trainer.close()
 
 
 class Trainer:
@@ -91,39 +91,55 @@ class Trainer:
       best: the best validation so far, as in metrics.json; None before the first.
     """
 
-    def __init__(self, config: ExperimentConfig, build: Build, console: Console) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        build: Build | None,
+        console: Console,
+        stop: StopRequest,
+        profile: int = 0,
+    ) -> None:
         """Opens the data and finds the newest checkpoint.
 
         Args:
           config: the experiment.
-          build: makes the network.
+          build: makes the network; that of `config.model` if None.
           console: where to print.
+          stop: a request to end early.
+          profile: steps to write a trace of.
         """
-        self.config, self._build, self._console = config, build, console
+        self._profiler = Profiler(Path(config.run_dir), profile if is_first() else 0)
+        self.config, self._console, self._stop = config, console, stop
         self._run_dir, self._began = Path(config.run_dir), time.perf_counter()
         self._mesh = make_mesh(config.mesh)
-        check_batch(config.data.batch_size, self._mesh)
+        self._program = Program(config, self._mesh, build)
+        self._utilization = Utilization(config, self._mesh)
         self._train_source = open_source(config.data, "train")
         self._val_source = open_source(config.data, "val")
-        self._batches = training_batches(self._train_source, config.data, seed=config.seed)
-        self._graphdef, params, stats = functional.abstract(build)
-        self._shapes = params, stats
-        self._parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-        self._packing = Packing(params, decay_mask(params))
-        network: Any = functional.merge(self._graphdef, params, stats)
-        self._network = json_ready(dataclasses.asdict(network.config))
+        index, count = process_share(self._mesh)
+        self._batches = training_batches(
+            self._train_source,
+            config.data,
+            seed=config.seed,
+            process_index=index,
+            process_count=count,
+        )
+        self._network = json_ready(dataclasses.asdict(self._program.network.config))
         self._checkpoints = Checkpoints(
             self._run_dir / "checkpoints", keep=config.train.keep_checkpoints
         )
         self._timer = StepTimer()
         self._pending: tuple[int, list[str], Metrics] | None = None
+        self._stopping = False
         self.start, self._seconds = 0, 0.0
         self.best: dict[str, Any] | None = None
         self._resume()
 
     def _resume(self) -> None:
-        """Takes up the newest checkpoint's place, if there is one; `_prepare` reads its arrays."""
-        step = self._checkpoints.latest_step()
+        """Takes up the newest good checkpoint's place, if any; `_prepare` reads its arrays."""
+        step, damaged = self._checkpoints.newest_good()
+        for line in damaged:
+            self._print(f"warning: {line}")
         if step is None:
             return
         progress = self._checkpoints.progress(step)
@@ -138,93 +154,94 @@ class Trainer:
                 self._print(f"  changed since then: {change}")
 
     def run(self) -> dict[str, Any]:
-        """Trains up to the last step and writes the summary, which it returns."""
-        if self.start >= self.config.train.steps:
+        """Trains up to the last step, or until asked to stop, and returns the summary."""
+        steps = self.config.train.steps
+        if self.start >= steps:
             self._print(f"{self._run_dir} is finished: it has done {self.start} steps")
-            self._report_best()
-            return self._summary()
+            report_best(self.best, self._run_dir, self._print)
+            return self._summary(self.start)
         self._describe()
         with self._console.status("compiling the network"):
             state, step = self._prepare()
-        self._log = MetricsLog(self._run_dir, first_step=self.start)
-        self._display = ProgressDisplay(
-            self._console, total=self.config.train.steps, completed=self.start
-        )
+        self._log = MetricsLog(self._run_dir, first_step=self.start) if is_first() else NoLog()
+        self._display = ProgressDisplay(self._console, total=steps, completed=self.start)
         with self._display:
             self._timer.restart()
-            self._train(state, step)
+            done = self._train(state, step)
         self._log.close()
-        self._checkpoints.close()
+        self.close()
+        if done < steps:
+            self._print(
+                f"asked to stop (SIGTERM): step {done} of {steps} is saved in {self._run_dir};"
+                " run the same command to go on"
+            )
+            return self._summary(done)
         minutes, seconds = divmod(round(self._elapsed()), 60)
-        self._print(f"{self.config.train.steps} steps in {minutes} min {seconds} s")
-        self._report_best()
-        return self._summary()
+        self._print(f"{steps} steps in {minutes} min {seconds} s")
+        report_best(self.best, self._run_dir, self._print)
+        return self._summary(steps)
 
     def close(self) -> None:
         """Stops the data's threads and waits for what is being written."""
+        self._profiler.close()
         self._batches.close()
         self._checkpoints.close()
 
     def _prepare(self) -> tuple[TrainState, TrainStep]:
         """The state to start from, fresh or restored, and the compiled step."""
-        config = self.config
-        schedule = make_schedule(config.optim, config.train.steps)
-        optimizer = make_optimizer(config.optim, schedule, self._packing.decay_mask)
-        maker = StateMaker(
-            self._build,
-            self._shapes,
-            self._packing,
-            optimizer,
-            self._mesh,
-            ema=config.optim.ema_decay > 0,
-        )
-        side, bands = config.data.crop_size, len(config.data.mean)
+        program = self._program
         # Compilation runs on one core; the state and the validation program are made meanwhile.
         with ThreadPoolExecutor(1) as pool:
-            step = pool.submit(
-                compile_train_step,
-                self._graphdef,
-                self._packing,
-                optimizer,
-                schedule,
-                maker.abstract,
-                self._mesh,
-                image_shape=(config.data.batch_size, side, side, bands),
-                loss=config.train.loss,
-                ema_decay=config.optim.ema_decay,
-            )
+            step = pool.submit(lambda: program.lower().compile())
             if self.start:
-                state = self._checkpoints.restore(self.start, maker.abstract)
+                state = self._checkpoints.restore(self.start, program.maker.abstract)
             else:
-                state = maker.create(jax.random.key(config.seed))
-            warm_up(self._model(state), self._val_source, config.data)
+                state = program.maker.create(jax.random.key(self.config.seed))
+            warm_up(self._model(state), self._val_source, self.config.data)
             return state, step.result()
 
     def _model(self, state: TrainState) -> Any:
         """The network with the state's weights, as it is validated and exported."""
-        params = self._packing.unpack_on_host(state.best_params)
-        model: Any = functional.merge(self._graphdef, params, jax.device_get(state.batch_stats))
+        packed, stats = gather_to_host((state.best_params, state.batch_stats), self._mesh)
+        params = self._program.packing.unpack_on_host(packed)
+        model: Any = functional.merge(self._program.graphdef, params, stats)
         data = self.config.data
         model.card = dataclasses.replace(model.card, mean=data.mean, std=data.std)
         return model
 
-    def _train(self, state: TrainState, train_step: TrainStep) -> None:
+    def _train(self, state: TrainState, train_step: TrainStep) -> int:
+        """Takes the steps that are left; returns the number of the last one."""
         plan = self.config.train
         # Not the key of the initial weights, which the seed alone makes.
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         for step in range(self.start + 1, plan.steps + 1):
-            batch = next(self._batches)
-            arrays = {name: batch[name] for name in ("pre", "post", "label")}
-            state, metrics = train_step(state, put_batch(arrays, self._mesh), key)
+            self._profiler.before_step(state)
+            batch, names = self._next_batch()
+            state, metrics = train_step(state, batch, key)
             self._settle()
-            self._pending = step, batch["name"], metrics
+            self._pending = step, names, metrics
             last = step == plan.steps
             due = last or step % plan.validate_every == 0
-            if due or step % plan.checkpoint_every == 0:
+            if due or step % plan.checkpoint_every == 0 or self._stopping:
                 self._settle()
-                f1 = self._validate(step, state) if due else None
+                judge = last or (due and not self._stopping)
+                f1 = self._validate(step, state, last=last) if judge else None
                 self._save(step, state, f1)
                 self._timer.restart()
+            if self._stopping:
+                return step
+        return plan.steps
+
+    def _next_batch(self) -> tuple[dict[str, jax.Array], list[str]]:
+        """The next batch on the devices, and the names of this process's images in it."""
+        began = time.perf_counter()
+        batch = next(self._batches)
+        # What the host waited for cost time only if the devices had finished their step by then.
+        idle = self._pending is None or _is_done(self._pending[2]["loss"])
+        self._timer.wait(time.perf_counter() - began if idle else 0.0)
+        arrays = {"pre": batch["pre"], "post": batch["post"], "label": batch["label"]}
+        host = float(self._stop.requested), self._timer.waiting()
+        return put_batch(arrays, self._mesh, host=host), batch["name"]
 
     def _settle(self) -> None:
         """Waits for the step before the one just begun, checks it and reports it where due."""
@@ -234,14 +251,19 @@ class Trainer:
         self._pending = None
         if not metrics["finite"]:
             raise self._diverged(step, names, metrics)
+        self._stopping = self._stopping or bool(metrics["stop"])
         self._display.advance(step)
         self._timer.tick()
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
-        figures = {name: float(value) for name, value in metrics.items() if name != "finite"}
+        flags = ("finite", "stop")
+        figures = {name: float(value) for name, value in metrics.items() if name not in flags}
         seconds, pairs = self._timer.read(), self.config.data.batch_size
         figures |= {"step_seconds": seconds, "pairs_per_second": pairs / seconds}
-        self._display.report(step, loss=figures["loss"], seconds=seconds, pairs=pairs)
+        figures |= self._utilization.figures(seconds)
+        self._display.report(
+            step, loss=figures["loss"], seconds=seconds, pairs=pairs, waiting=figures["data_wait"]
+        )
         self._log.row(step, "train", figures)
 
     def _diverged(self, step: int, names: list[str], metrics: Metrics) -> NonFiniteLossError:
@@ -253,10 +275,22 @@ class Trainer:
             + (f"; the checkpoint of step {good} is good" if good else "")
         )
 
-    def _validate(self, step: int, state: TrainState) -> float:
-        """Judges the weights; the best so far become the run's model. Returns F1."""
+    def _validate(self, step: int, state: TrainState, *, last: bool) -> float | None:
+        """Judges the weights; the best so far become the run's model.
+
+        Returns:
+          F1; None if the request to stop came meanwhile, which only the last step ignores.
+        """
         model, data = self._model(state), self.config.data
-        result = validate(model, self._val_source, data, pictures=self.config.train.pictures)
+        result = validate(
+            model,
+            self._val_source,
+            data,
+            pictures=self.config.train.pictures if is_first() else 0,
+            stop=lambda: self._stop.requested and not last,
+        )
+        if result is None:
+            return None
         figures = json_ready(result.metrics)
         self._log.row(step, "val", figures)
         if result.picture:
@@ -266,7 +300,8 @@ class Trainer:
         if f1 > best:
             self.best = {"step": step, **figures}
             card = dataclasses.replace(model.card, threshold=figures["threshold"])
-            io.save_model(model, self._run_dir / "model", card=card)
+            if is_first():
+                io.save_model(model, self._run_dir / "model", card=card)
             if result.picture:
                 result.picture.save(self._run_dir / "predictions.png")
         self._print(
@@ -286,49 +321,37 @@ class Trainer:
         self._checkpoints.save(step, state, progress, f1=f1)
 
     def _describe(self) -> None:
-        """Writes down what this run is: its config, its data and where it runs."""
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(self._run_dir / "config.json", self.config.to_json())
+        """Writes down what this run is, and says it."""
         sources = {"train": self._train_source, "val": self._val_source}
-        data = {
-            split: {"pairs": len(source), "fingerprint": fingerprint(source)}
-            for split, source in sources.items()
-        }
-        record = {"seed": self.config.seed, "data": data, **describe_environment()}
-        write_json(self._run_dir / "environment.json", record)
+        if is_first():
+            describe_run(self.config, sources)
         self._print(
-            f"{self.config.model.name}: {self._parameters:,} parameters;"
+            f"{self.config.model.name}: {self._program.parameters:,} parameters;"
             f" {len(self._train_source)} training and {len(self._val_source)} validation pairs;"
             f" {self._mesh.size} {self._mesh.devices.flat[0].platform} device(s)"
+            + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
         )
 
-    def _summary(self) -> dict[str, Any]:
-        """What metrics.json holds; it is written here, unless a finished run has it already."""
-        path = self._run_dir / "metrics.json"
-        if self.start >= self.config.train.steps and path.exists():
-            return json.loads(path.read_text())
+    def _summary(self, steps: int) -> dict[str, Any]:
         summary = {
             "val": self.best,
-            "steps": max(self.start, self.config.train.steps),
+            "steps": steps,
             "seconds": round(self._elapsed(), 1),
             "model": self.config.model.name,
-            "parameters": self._parameters,
+            "parameters": self._program.parameters,
         }
-        write_json(path, summary)
-        return summary
-
-    def _report_best(self) -> None:
-        best = self.best or {}
-        figures = [
-            f"{name.replace('_', ' ')} {best[name]:.4f}"
-            for name in ("f1", "iou", "precision", "recall", "threshold")
-            if best.get(name) is not None
-        ]
-        self._print(f"best on validation, step {best.get('step')}: {', '.join(figures)}")
-        self._print(f"in {self._run_dir}: model/, predictions.png, metrics.json")
+        finished = steps >= self.config.train.steps
+        if not (finished and is_first()):
+            return summary
+        return write_summary(self._run_dir, summary, keep=self.start >= self.config.train.steps)
 
     def _elapsed(self) -> float:
         return self._seconds + time.perf_counter() - self._began
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_done(array: Any) -> bool:
+    """Whether an array has been computed already."""
+    return array.is_ready()

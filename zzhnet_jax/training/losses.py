@@ -36,6 +36,18 @@ def segmentation_loss(
     return total, terms
 
 
+def label_weights(labels: Labels, config: LossConfig) -> dict[str, Scalar]:
+    """What the terms that are weighted means over pixels divide by, for those in use."""
+    valid = (labels != IGNORE).astype(jnp.float32).sum()
+    weights = {}
+    if config.cross_entropy:
+        weights["cross_entropy"] = valid
+        if config.class_weights is not None:
+            one_hot = _targets(labels, len(config.class_weights))[1]
+            weights["cross_entropy"] = (one_hot @ jnp.asarray(config.class_weights)).sum()
+    return weights | ({"focal": valid} if config.focal else {})
+
+
 def cross_entropy(
     logits: Logits, labels: Labels, *, weights: Sequence[float] | None = None
 ) -> Scalar:

@@ -7,6 +7,7 @@ training state. Arrays large enough to be worth splitting over devices stay as t
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,7 @@ class Packing:
                 ends[part] += size
             self.decay_mask[part] = decay
             self._slots.append(_Slot(part, start, tuple(leaf.shape)))
+        self._paths = [jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in leaves]
 
         # Differentiating slices would add up as many padded vectors; the transpose is just `pack`.
         self._unpack = jax.custom_vjp(self._split)
@@ -84,12 +86,19 @@ class Packing:
             packed[part] = jnp.concatenate([*pieces, jnp.zeros(missing, pieces[0].dtype)])
         return packed
 
+    def map_paths(self, function: Callable[[str, tuple[int, ...]], Any]) -> Any:
+        """A tree of the network's structure: `function(path, shape)` of each parameter."""
+        slots = zip(self._paths, self._slots, strict=True)
+        return jax.tree.unflatten(
+            self._structure, [function(path, slot.shape) for path, slot in slots]
+        )
+
     def unpack(self, packed: Packed) -> Any:
         """The tree again, of jax arrays; its gradient comes out packed."""
         return self._unpack(packed)
 
     def unpack_on_host(self, packed: Packed) -> Any:
-        """The tree of numpy arrays, without compiling anything."""
+        """The tree of numpy arrays, without compiling anything; `packed` is on this host."""
         return self._split(jax.device_get(packed))
 
     def _split(self, packed: Packed) -> Any:

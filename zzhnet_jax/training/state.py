@@ -1,19 +1,21 @@
 """What a training step changes, as one pytree, and how it is made where it will live."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from zzhnet_jax.models import functional
 
 from .packing import Packed, Packing
-from .sharding import tree_shardings
+from .rules import DEFAULT_RULES, ShardingRules
+from .sharding import replicated, stored
 
 Build = Callable[[nnx.Rngs], nnx.Module]
 
@@ -54,6 +56,8 @@ class StateMaker:
       optimizer: whose state to make.
       mesh: devices to spread the arrays over.
       ema: whether to keep a moving average of the parameters.
+      rules: how parameters are split; the optimizer's state and the average follow them.
+      shard_optimizer: split the optimizer's state over `data` too.
     """
 
     build: Build
@@ -62,16 +66,33 @@ class StateMaker:
     optimizer: optax.GradientTransformation
     mesh: Mesh
     ema: bool
+    rules: ShardingRules = DEFAULT_RULES
+    shard_optimizer: bool = False
 
     @cached_property
     def abstract(self) -> TrainState:
         """Shapes, dtypes and shardings, into which a checkpoint is restored."""
         state = jax.eval_shape(self._assemble, *self.shapes)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state,
-            tree_shardings(state, self.mesh),
+        whole = replicated(self.mesh)
+        return TrainState(
+            step=_at(state.step, whole),
+            params=self._split(state.params, over=("fsdp",)),
+            batch_stats=jax.tree.map(lambda leaf: _at(leaf, whole), state.batch_stats),
+            opt_state=self._split(
+                state.opt_state, over=("fsdp", "data") if self.shard_optimizer else ("fsdp",)
+            ),
+            ema=self._split(state.ema, over=("fsdp",)),
         )
+
+    def _split(self, tree: Any, *, over: Sequence[str]) -> Any:
+        """Shapes with shardings; the last name on the way to a leaf is its parameter's path."""
+
+        def split(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+            names = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
+            name = names[-1] if names else ""
+            return _at(leaf, stored(name, leaf.shape, self.mesh, self.rules, over=over))
+
+        return jax.tree_util.tree_map_with_path(split, tree)
 
     def create(self, key: jax.Array) -> TrainState:
         """Fresh parameters and optimizer state; no array is ever whole on one device."""
@@ -89,6 +110,10 @@ class StateMaker:
         params = self.packing.pack(tree)
         average = jax.tree.map(jnp.copy, params) if self.ema else None
         return TrainState(jnp.int32(0), params, batch_stats, self.optimizer.init(params), average)
+
+
+def _at(leaf: Any, sharding: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def moving_average(average: Packed, params: Packed, step: jax.Array, decay: float) -> Packed:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from zzhnet_jax.models.changemamba.config import Arrangement, ChangeMambaConfig
-from zzhnet_jax.models.functional import remat
+from zzhnet_jax.models.functional import call_block
 from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm import VSSBlock
 from zzhnet_jax.models.vssm.layers import BatchNorm, fold_key, make_conv, make_linear
@@ -72,7 +72,7 @@ class DecoderBlock(nnx.Module):
         self, x: Float[Array, "b h w d"], *, key: jax.Array | None
     ) -> Float[Array, "b h w d"]:
         """Applies the block."""
-        return remat(self.block, x, key) if self.remat else self.block(x, key=key)
+        return call_block(self.block, x, key, remat=self.remat)
 
 
 def arrange(

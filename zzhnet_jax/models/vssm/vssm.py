@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from zzhnet_jax.errors import ConfigError
-from zzhnet_jax.models.functional import remat
+from zzhnet_jax.models.functional import call_block
 from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.config import BlockConfig, SS2DConfig, VSSMConfig
 from zzhnet_jax.models.vssm.initializers import LinearInit, truncated_normal
@@ -134,8 +134,7 @@ class Stage(nnx.Module):
     ) -> tuple[Float[Array, "b h w d_model"], Array]:
         """The blocks' output, and that downsampled (the same array in the last stage)."""
         for i, block in enumerate(self.blocks):
-            block_key = fold_key(key, i)
-            x = remat(block, x, block_key) if self.remat else block(x, key=block_key)
+            x = call_block(block, x, fold_key(key, i), remat=self.remat)
         return x, x if self.downsample is None else self.downsample(x)
 
 

@@ -42,7 +42,7 @@ class DDM(nnx.Module):
         both: Float[Array, "2b h w d"],
         finer: Float[Array, "b h2 w2 d_finer"] | None = None,
     ) -> Float[Array, "b h w d"]:
-        """Difference of the dates in `both` (see `join_dates`); `finer` is None at the first stage."""
+        """Difference of the dates that `join_dates` put together; the first stage has no finer."""
         pre, post = split_dates(self.norm(both))
         signed = post - pre
         features = jnp.concatenate([jnp.abs(signed), signed, pre * post], axis=-1)

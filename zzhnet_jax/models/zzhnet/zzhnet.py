@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from zzhnet_jax.models.dates import join_dates, split_dates
-from zzhnet_jax.models.functional import apply_each, remat
+from zzhnet_jax.models.functional import apply_each, call_block
 from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.layers import Downsample, PatchEmbed, fold_key
 from zzhnet_jax.models.vssm.vssm import VSSBlock
@@ -60,8 +60,7 @@ class Stage(nnx.Module):
         """Applies the stage."""
         x = x if self.downsample is None else self.downsample(x)
         for i, block in enumerate(self.blocks):
-            block_key = fold_key(key, i)
-            x = remat(block, x, block_key) if self.remat else block(x, key=block_key)
+            x = call_block(block, x, fold_key(key, i), remat=self.remat)
         return x
 
 
@@ -190,6 +189,5 @@ class ZZHNet(nnx.Module):
             x = join_dates(*apply_each(dates, jnp.stack(split_dates(x)), fold_key(key, 0)))
         if stage in self.config.cssm_stages:
             block = self.cssm[sorted(self.config.cssm_stages).index(stage)]
-            key = fold_key(key, 1)
-            x = remat(block, x, key) if self.config.block.remat else block(x, key=key)
+            x = call_block(block, x, fold_key(key, 1), remat=self.config.block.remat)
         return x

@@ -1,0 +1,121 @@
+"""Takes 20 steps of small real networks on one device and on meshes of eight; a process of its own.
+
+mesh_losses.py OUT NETWORK: writes the losses of every mesh, and what each device held, as JSON.
+"""
+
+import dataclasses
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from zzhnet_jax.data.config import DataConfig
+from zzhnet_jax.training.config import (
+    ExperimentConfig,
+    LossConfig,
+    MeshConfig,
+    ModelSpec,
+    OptimConfig,
+    TrainConfig,
+)
+from zzhnet_jax.training.program import Program
+from zzhnet_jax.training.sharding import make_mesh, put_batch
+
+STEPS, BATCH, CROP = 20, 32, 32
+NETWORKS = {
+    # Without drop path, whose draws differ between a batch and its parts.
+    "zzhnet": ModelSpec(
+        "zzhnet_nano",
+        overrides={
+            "depths": (1, 1, 1, 1),
+            "width": 8,
+            "decoder_width": 8,
+            "drop_path_rate": 0.0,
+            "num_shared_stages": 3,
+            "cssm_stages": (3,),
+        },
+    ),
+    "mambabcd": ModelSpec(
+        "mambabcd_tiny",
+        overrides={
+            "encoder": {"depths": (1, 1), "dims": 8, "drop_path_rate": 0.0},
+            "decoder_width": 8,
+            "decoder_drop_path": 0.0,
+            "arrangements": ("interleave",),
+        },
+    ),
+}
+MESHES = [
+    MeshConfig(data=1),
+    MeshConfig(data=8),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=4, spatial=2),
+]
+
+
+def experiment(network, mesh, accumulation):
+    return ExperimentConfig(
+        model=NETWORKS[network],
+        data=DataConfig(batch_size=BATCH, crop_size=CROP),
+        train=TrainConfig(steps=100, accumulation=accumulation, loss=LossConfig(cross_entropy=1)),
+        optim=OptimConfig(learning_rate=2e-3, ema_decay=0.9),
+        mesh=mesh,
+    )
+
+
+def batches():
+    """Random images in which what brightened is change."""
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        pre, post = rng.normal(size=(2, BATCH, CROP, CROP, 3)).astype(np.float32)
+        label = ((post - pre).mean(-1) > 0.3).astype(np.int32)
+        label[rng.random(label.shape) < 0.1] = 255
+        # Examples with unlike numbers of labelled pixels, so that means of means would be wrong.
+        label[::3, : CROP // 2] = 255
+        yield {"pre": pre, "post": post, "label": label}
+
+
+def run(program, step):
+    state = program.maker.create(jax.random.key(0))
+    held = share_of_one_device(state)
+    key, losses = jax.random.key(1), []
+    for batch in batches():
+        state, metrics = step(state, put_batch(batch, program.mesh), key)
+        losses.append(float(metrics["loss"]))
+    stats = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(state.batch_stats)]
+    return {"losses": losses, "held": held, "stats": stats[:4]}
+
+
+def share_of_one_device(state):
+    """The largest share that one device holds of parameters, optimizer state and average."""
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)))
+    held = {}
+    for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)):
+        for shard in leaf.addressable_shards:
+            held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+    return max(held.values()) / whole
+
+
+def main(out, network):
+    cases = [(mesh, parts) for parts in (1, 4) for mesh in MESHES]
+    programs = []
+    for mesh, parts in cases:
+        config = experiment(network, mesh, parts)
+        devices = jax.devices()[:1] if mesh == MESHES[0] else None
+        programs.append(Program(config, make_mesh(mesh, devices)))
+    with ThreadPoolExecutor(2) as pool:
+        steps = list(pool.map(lambda program: program.lower().compile(), programs))
+    results = {}
+    for (mesh, parts), program, step in zip(cases, programs, steps, strict=True):
+        axes = {k: v for k, v in dataclasses.asdict(mesh).items() if k != "shard_optimizer"}
+        name = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one"
+        results[f"{name} x{parts}"] = run(program, step)
+    with open(out, "w") as file:
+        json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
