@@ -108,7 +108,8 @@ def test_processes_share_out_the_same_stream(array_source):
         assert batch["name"] == parts[0]["name"] + parts[1]["name"]
         for process, part in enumerate(parts):
             assert part["pre"].shape == (2, 12, 12, 3)
-            np.testing.assert_array_equal(batch["post"][2 * process : 2 * process + 2], part["post"])
+            mine = slice(2 * process, 2 * process + 2)
+            np.testing.assert_array_equal(batch["post"][mine], part["post"])
     epoch = [set(names(share[:3])) for share in shares]
     assert not epoch[0] & epoch[1] and len(epoch[0] | epoch[1]) == 12
 

@@ -37,18 +37,13 @@ def problem():
 
 def run(config, parts, params, batch):
     stats = {"seen": jnp.int32(0)}
-    return jax.jit(
-        lambda params, batch: loss_and_gradient(
-            forward,
-            config,
-            params,
-            stats,
-            batch,
-            jax.random.key(0),
-            parts=parts,
-            place=lambda tree: tree,
-        )  # fmt: skip
-    )(params, batch)
+    keep, key = dict(parts=parts, place=lambda tree: tree), jax.random.key(0)
+
+    @jax.jit
+    def gradients(params, batch):
+        return loss_and_gradient(forward, config, params, stats, batch, key, **keep)
+
+    return gradients(params, batch)
 
 
 @pytest.mark.parametrize("config", LOSSES.values(), ids=LOSSES.keys())
