@@ -27,6 +27,7 @@ from .config import ExperimentConfig
 from .environment import enable_compilation_cache
 from .logging import MetricsLog, NoLog, ProgressDisplay, StepTimer
 from .processes import is_first, others_alive
+from .profiling import Profiler
 from .program import Program, model_builder
 from .record import describe_run, report_best, write_summary
 from .resume import check_resumable
