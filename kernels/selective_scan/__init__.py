@@ -1,10 +1,11 @@
 """Selective scan (S6): one operator, several implementations, each held to a float64 oracle."""
 
 from .api import available_implementations, selective_scan, selective_scan_step
-from .base import ShapeError, UnavailableError
+from .base import ShapeError, Tile, UnavailableError
 
 __all__ = [
     "ShapeError",
+    "Tile",
     "UnavailableError",
     "available_implementations",
     "selective_scan",

@@ -187,6 +187,16 @@ def output(
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varies)
 
 
+def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, like: Array) -> Array:
+    """Zeros that, inside `shard_map`, vary over the mesh axes that `like` varies over.
+
+    What a loop carries must start as it goes on, in this respect too.
+    """
+    axes = tuple(sorted(jax.typeof(like).manual_axis_type.varying))
+    x = jnp.zeros(shape, dtype)
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
 def state_dtype(*arrays: Array | None) -> jnp.dtype:
     """The dtype of the state and all arithmetic: float64 if any array is float64, else float32."""
     wide = any(a is not None and a.dtype == jnp.float64 for a in arrays)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .base import compose, state_dtype, step_size
+from .base import compose, state_dtype, step_size, zeros
 
 # Values (batch x steps x channels x d_state) in one chunk. On a CPU a chunk should stay in the
 # cache; an accelerator needs enough of them to keep its cores busy.
@@ -95,7 +95,7 @@ def chunked_scan(
         delta_bias=None if delta_bias is None else delta_bias.astype(dtype).reshape(grouped),
     )
     if initial_state is None:
-        initial_state = jnp.zeros((b, d, n), dtype)
+        initial_state = zeros((b, d, n), dtype, like=u)
     state = initial_state.astype(dtype).swapaxes(1, 2).reshape(b, n, *grouped)
 
     y, state = _scan(_Options(chunk, delta_softplus, reverse), operands, state)
@@ -151,7 +151,7 @@ def _forward(
             y_chunk = y_chunk + x.D * x.u
         return _last(states, reverse=options.reverse), _put_chunk(y, y_chunk, index, options), kept
 
-    kept = jnp.zeros((chunks, *state.shape), state.dtype)
+    kept = zeros((chunks, *state.shape), state.dtype, like=state)
     state, y, kept = lax.fori_loop(0, chunks, body, (state, jnp.zeros_like(operands.u), kept))
     return y, state, kept
 

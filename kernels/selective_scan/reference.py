@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .base import state_dtype, step_size
+from .base import state_dtype, step_size, zeros
 
 
 def sequential_scan(
@@ -27,7 +27,7 @@ def sequential_scan(
     """The scan by its definition; see `selective_scan` for the arguments."""
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias, initial_state)
     if initial_state is None:
-        initial_state = jnp.zeros((u.shape[0], *A.shape), dtype)
+        initial_state = zeros((u.shape[0], *A.shape), dtype, like=u)
 
     def step(
         state: Float[Array, "b d n"], now: tuple[Array, Array, Array, Array]
