@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from rich.console import Console
 
+from zzhnet_jax.comparison.ahead_of_time import compile_ahead
 from zzhnet_jax.comparison.cases import HARD_CASES, Case, make_case
 from zzhnet_jax.comparison.compare import Comparer, check_names
 from zzhnet_jax.comparison.plot import draw_sweep
@@ -21,6 +22,8 @@ from zzhnet_jax.comparison.tables import (
     LEGEND,
     TOLERANCE,
     WIDTH,
+    ahead_of_time_reasons,
+    ahead_of_time_tables,
     comparison_table,
     growth_table,
     heading,
@@ -110,13 +113,19 @@ def main(argv: Sequence[str]) -> int:
         if arguments.plot is not None:
             like = comparisons[0].case
             sweep = sweep_lengths(comparer, like.shape, like.dtype, each=tell)
-    report = Report(comparisons, bandwidth, sweep)
+        compiled = []
+        for comparison in comparisons if arguments.aot else ():
+            tell(f"{comparison.case.shape.name}, ahead of time")
+            compiled += compile_ahead(comparison.case, names, gradients=arguments.grad)
+    report = Report(comparisons, bandwidth, sweep, compiled)
     longest = max(comparisons, key=lambda comparison: comparison.case.shape.length)
     if any(row.growth for row in longest.rows):
         name = longest.case.shape.name
         console.print(f"[bold]{name}: error of y, relative to y, over steps up to")
         console.print(growth_table(longest))
-    for line in reasons(comparisons):
+    for table in ahead_of_time_tables(compiled):
+        console.print(table)
+    for line in (*reasons(comparisons), *ahead_of_time_reasons(compiled)):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     _write(arguments, report, console)
     return 0 if report.passed else 1

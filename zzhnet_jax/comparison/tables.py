@@ -1,7 +1,8 @@
 """Comparisons as tables that fit a terminal of 100 columns."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -14,7 +15,7 @@ WIDTH = 100
 
 TOLERANCE = """\
 Tolerance: each value may differ from the float64 oracle by as much as rounding can add up to, found
-value by value: all terms by magnitude, (1 + 2^-24) for each operation on the way, and half a unit in
+value by value: all terms by magnitude, (1 + 2^-24) for each operation, and half a unit in
 the last place of the output's dtype. "of bound" is the largest error's share of that."""
 
 LEGEND = """\
@@ -83,6 +84,36 @@ def growth_table(comparison: Comparison) -> Table:
         table.add_row(row.implementation, *(number(piece.norm) for piece in row.growth))
     table.add_row("bound", *(number(p.bound_norm) for p in rows[0].growth), style="dim")
     return table
+
+
+def ahead_of_time_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Kernels compiled for accelerators that are not here, a table an implementation."""
+    tables = []
+    found = [row for row in rows if "reason" not in row]
+    for name in dict.fromkeys(row["implementation"] for row in found):
+        own = [row for row in found if row["implementation"] == name]
+        columns = [key for key in own[0] if key != "implementation"]
+        table = Table(
+            title=f"{name}, compiled ahead of time",
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        for key in columns:
+            text = isinstance(own[0][key], str)
+            table.add_column(key, justify="left" if text else "right", overflow="fold")
+        for row in own:
+            table.add_row(*(str(row[key]) for key in columns))
+        tables.append(table)
+    return tables
+
+
+def ahead_of_time_reasons(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why implementations were not compiled, each reason once."""
+    lines = (f"{r['implementation']} not compiled: {r['reason']}" for r in rows if "reason" in r)
+    return list(dict.fromkeys(lines))
 
 
 def _cells(row: Row, gradients: bool, peak: float) -> list[str]:
