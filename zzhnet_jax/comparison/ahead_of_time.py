@@ -41,13 +41,22 @@ _NEEDS = {
 AotRow = dict[str, Any]
 
 
-def compile_ahead(case: Case, names: Sequence[str], *, gradients: bool) -> list[AotRow]:
+def compile_ahead(
+    case: Case,
+    names: Sequence[str],
+    *,
+    gradients: bool,
+    tpus: Sequence[str] = TPU_TARGETS,
+    capabilities: Sequence[int] = CAPABILITIES,
+) -> list[AotRow]:
     """Compiles the kernels for accelerators of some implementations at one case.
 
     Args:
       case: the arguments' shapes and dtypes.
       names: implementations; those that are no kernels of an accelerator are left out.
       gradients: also their backward kernels.
+      tpus: slices to compile TPU kernels for.
+      capabilities: compute capabilities to compile GPU kernels for.
 
     Returns:
       One row a kernel and target: "scan", "implementation", "target", "kernel" and what was found;
@@ -63,7 +72,8 @@ def compile_ahead(case: Case, names: Sequence[str], *, gradients: bool) -> list[
             rows.append(common | {"reason": f"{module} is not installed: {remedy}"})
             continue
         try:
-            rows += [common | row for row in _COMPILERS[name](case, gradients)]
+            targets = tpus if name == "pallas_tpu" else capabilities
+            rows += [common | row for row in _COMPILERS[name](case, gradients, targets)]
         except (UserError, NotImplementedError, ValueError) as error:
             rows.append(common | {"reason": str(error).splitlines()[0]})
     return rows
@@ -94,14 +104,14 @@ def _program(name: str, case: Case, gradients: bool, **options: Any) -> tuple[An
     return (gradient_of(scan), (arguments, cotangent)) if gradients else (scan, (arguments,))
 
 
-def _pallas_gpu(case: Case, gradients: bool) -> Iterator[AotRow]:
+def _pallas_gpu(case: Case, gradients: bool, capabilities: Sequence[int]) -> Iterator[AotRow]:
     program, arguments = _program("pallas_gpu", case, gradients)
-    for capability in CAPABILITIES:
+    for capability in capabilities:
         for found in pallas_resources(program, *arguments, capability=capability):
             yield _gpu_row(found)
 
 
-def _triton(case: Case, gradients: bool) -> Iterator[AotRow]:
+def _triton(case: Case, gradients: bool, capabilities: Sequence[int]) -> Iterator[AotRow]:
     launches: list[tuple[Any, tuple[str, ...]]] = []
 
     def record(launch: Any, *inputs: Any) -> tuple[jax.Array, ...]:
@@ -111,7 +121,7 @@ def _triton(case: Case, gradients: bool) -> Iterator[AotRow]:
 
     program, arguments = _program("triton", case, gradients, interpret=record)
     jax.eval_shape(program, *arguments)
-    for capability in CAPABILITIES:
+    for capability in capabilities:
         for launch, types in launches:
             signature = dict(zip(launch.kernel.arg_names, types, strict=False))
             options = {"warps": launch.warps, "capability": capability}
@@ -129,7 +139,7 @@ def _gpu_row(found: GpuResources) -> AotRow:
     }
 
 
-def _pallas_tpu(case: Case, gradients: bool) -> Iterator[AotRow]:
+def _pallas_tpu(case: Case, gradients: bool, tpus: Sequence[str]) -> Iterator[AotRow]:
     from zzhnet_jax.kernels.selective_scan.pallas_tpu_plan import STEPS, Plan
 
     folder = _dump_folder()
@@ -137,7 +147,7 @@ def _pallas_tpu(case: Case, gradients: bool) -> Iterator[AotRow]:
     plan = Plan(b, length, d, g, n, case.delta_softplus, False)
     program, arguments = _program("pallas_tpu", case, gradients)
     kernels = ("selective_scan_forward", "selective_scan_backward")[: 1 + gradients]
-    for text in TPU_TARGETS:
+    for text in tpus:
         for path in folder.iterdir():
             path.unlink()
         compiled = compile_for(parse_target(text), program, *arguments)
@@ -164,7 +174,7 @@ def _dump_folder() -> Path:
     return folder
 
 
-_COMPILERS: dict[str, Callable[[Case, bool], Iterator[AotRow]]] = {
+_COMPILERS: dict[str, Callable[[Case, bool, Sequence[Any]], Iterator[AotRow]]] = {
     "pallas_tpu": _pallas_tpu,
     "pallas_gpu": _pallas_gpu,
     "triton": _triton,
