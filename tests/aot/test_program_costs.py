@@ -121,9 +121,8 @@ def test_the_roofline_takes_the_network_between_hosts():
     chip = chip_named("h100")
     inside = Collective("all-gather", 10**9, tuple(range(8)), 2, None)
     across = Collective("all-gather", 10**9, (0, 8), 2, None)
-    costs = ProgramCosts(memory_bytes=chip.memory_rate / 100, collectives=[inside])
-    costs.flops["bf16"] = chip.narrow_flops / 50
-    costs.flops["f32"] = chip.wide_flops / 50
+    flops = {"bf16": chip.narrow_flops / 50, "f32": chip.wide_flops / 50}
+    costs = ProgramCosts(flops, memory_bytes=chip.memory_rate / 100, collectives=[inside])
     times = roofline(costs, chip)
     assert times.compute == pytest.approx(0.04) and times.memory == pytest.approx(0.01)
     assert times.communication == pytest.approx(2 * 0.875e9 / 450e9) and times.limit == "compute"

@@ -24,10 +24,11 @@ LB: loop body
    0x3   : > { %s8 = sadd.s32 1, %s9 }
    0x4 LB: >> { %v1 = vld [vmem:[#allocation2] sm:$0xff]  ;;  %v2 = vmul.f32 %v1, %v1 }
    0x5   : >> { %91 = vst [vmem:[#allocation9_spill] sm:$0xff] /*vst_source=*/%v2 }
-   0x6   : >> { %v3 = vld [vmem:[#allocation9_spill] sm:$0xff]  ;;  %p1 = scmp.ge.s32 %s1, 8 }
+   0x6   : >> { %v3 = vld [vmem:[#allocation9_spill] sm:$0xff]  ;;  %p1_p0 = scmp.ge.s32.totalorder %s1, 4 /* loop exit test */ }
    0x7 PF: > { %20 = sst [smem:[#allocation3_spill]] %s8 }
    0x8 LB: >> { %v4 = vld [vmem:[#allocation2] sm:$0xff] }
-   0x9   : >> { %v5 = vadd.f32 %v4, %v4 }
+   0x9   : >> { %p2_p0 = scmp.ge.s32.totalorder %s2, 6 /* loop exit test */  ;;  %v5 = vadd.f32 %v4, %v4 }
+  0x9a   : >> { %p3 = scmp.ge.s32.totalorder (%p2_p0), %s8, 130 /* loop exit test */ }
    0xa   :  { %21 = vsyncpa [#allocation8], 1 }
 """
 
@@ -46,18 +47,26 @@ def test_reads_the_last_schedule(dump):
     schedule = read_schedule(dump, "scan_forward")
     assert schedule.bundles == 11
     assert schedule.loops == (
-        Loop(depth=1, bundles=3, spills=0, innermost=False),
-        Loop(depth=2, bundles=3, spills=2, innermost=True),
-        Loop(depth=2, bundles=2, spills=0, innermost=True),
+        Loop(depth=1, trips=130, bundles=3, spills=0, innermost=False),
+        Loop(depth=2, trips=4, bundles=3, spills=2, innermost=True),
+        Loop(depth=2, trips=6, bundles=3, spills=0, innermost=True),
     )
-    assert schedule.innermost == (3, 2)
-    assert schedule.block_bundles == 3
+    assert schedule.innermost == (3, 3)
+    assert schedule.inner_bundles == 4 * 3 + 6 * 3
+    assert schedule.outer_bundles == 3
 
 
 def test_bundles_per_step(dump):
     schedule = read_schedule(dump, "scan_forward")
-    assert bundles_per_step(schedule, steps=8, tiles=2) == 5 / 16
-    assert bundles_per_step(schedule, steps=8, tiles=2, block_steps=24) == 5 / 16 + 3 / 48
+    assert bundles_per_step(schedule, steps=24, tiles=2) == 33 / 48
+    assert bundles_per_step(schedule, steps=24, tiles=2, inner=True) == 30 / 48
+
+
+def test_unknown_limit(dump):
+    for path in dump.glob("*-72-*"):
+        path.write_text(BUNDLES.replace(", 4 /*", ", %s3 /*"))
+    with pytest.raises(ScheduleError, match="without a constant limit"):
+        read_schedule(dump, "scan_forward")
 
 
 def test_no_schedule(dump):

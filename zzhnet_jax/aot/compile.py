@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .chips import Chip
 from .hlo_text import parse_program
@@ -120,7 +120,8 @@ def compile_for(
         (1,), ("device",), axis_types=(AxisType.Auto,), devices=target.devices[:1]
     )
     given = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)]
-    mesh = next((s.mesh for s in given if isinstance(s, NamedSharding)), alone)
+    meshes = (sharding.mesh for sharding in given if isinstance(sharding, NamedSharding))
+    mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh)), alone)
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or NamedSharding(mesh, PartitionSpec())

@@ -6,7 +6,6 @@ and cannot see communication.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -76,7 +75,7 @@ class ProgramCosts:
       kernel_calls: calls of hand-written kernels, of which only the memory traffic is counted.
     """
 
-    flops: Counter[str] = field(default_factory=Counter)
+    flops: dict[str, float] = field(default_factory=dict)
     memory_bytes: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
     unknown_loops: int = 0
@@ -204,7 +203,8 @@ class _Counter:
                 self._costs.kernel_calls += times
         if count is not None and len(operands) >= 2:
             dtype = operands[0].arrays[0].dtype
-            self._costs.flops[dtype] += times * count(instruction, operands)
+            flops = self._costs.flops
+            flops[dtype] = flops.get(dtype, 0.0) + times * count(instruction, operands)
 
 
 def memory_traffic(program: Program, computation: Computation, instruction: Instruction) -> float:
