@@ -11,7 +11,6 @@ Every iteration advances 8 time steps. Those are computed one after another in t
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,11 +25,17 @@ from .pallas_tpu_block import (
     Block,
     Matrices,
     Ref,
+    Set,
     States,
     Vectors,
     exchange_rows,
+    load_set,
     load_states,
     matrices_rows,
+    repeat,
+    replace,
+    step_size,
+    store_set,
     sweep,
     take_states,
     vectors_rows,
@@ -107,19 +112,17 @@ pallas_tpu_scan = differentiable(Kernel(forward, backward, kept_states))
 
 
 def _scratch(plan: Plan) -> list[Any]:
-    """States, decay rates and the buffers between the two layouts; two of what is made ahead."""
+    """In the order of `_kernel`'s arguments."""
 
     def rows(count: int) -> Any:
         return pltpu.VMEM((count, LANES), jnp.float32)
 
-    state = pltpu.VMEM((plan.states, plan.slots, LANES), jnp.float32)
+    a_state = pltpu.VMEM((plan.states, plan.slots, LANES), jnp.float32)
+    of_chunk = rows(vectors_rows(plan.slots, plan.chunk // SUBLANES))
     return [
-        state,
-        state,
-        rows(vectors_rows(plan.slots, 2)),
-        rows(vectors_rows(plan.slots, 2)),
+        *[a_state] * 2,
+        *[of_chunk] * 3,
         rows(matrices_rows(plan)),
-        rows(vectors_rows(plan.slots)),
         rows(exchange_rows(plan)),
     ]
 
@@ -140,92 +143,78 @@ def _kernel(
     rate: Ref,
     step_buffer: Ref,
     driven_buffer: Ref,
-    matrices_buffer: Ref,
     y_buffer: Ref,
+    matrices_buffer: Ref,
     exchange: Ref,
 ) -> None:
-    """One block of `plan.steps` time steps; the buffers are described in `_scratch`."""
-    turn, turns = pl.program_id(2), pl.num_programs(2)
-    time = turns - 1 - turn if plan.reverse else turn
-    block = Block(plan, plan.steps, time, pl.program_id(1))
-    step, driven = Vectors(step_buffer, plan.slots), Vectors(driven_buffer, plan.slots)
-    matrices, y = Matrices(matrices_buffer, plan), Vectors(y_buffer, plan.slots)
+    """One block of `plan.steps` time steps; `rate` is A in powers of two."""
+    turn, turns, channel = pl.program_id(2), pl.num_programs(2), pl.program_id(1)
+    chunks = plan.steps // plan.chunk
+    first_chunk = (turns - 1 - turn if plan.reverse else turn) * chunks
+    step, driven, y = (Vectors(x, plan.slots) for x in (step_buffer, driven_buffer, y_buffer))
+    matrices = Matrices(matrices_buffer, plan)
 
     @pl.when(turn == 0)
     def _start() -> None:
+        block = Block(plan, first_chunk, channel)
         load_states(block, lambda _, lanes: A_ref[:, lanes], exchange, rate, math.log2(math.e))
         load_states(block, lambda i, lanes: start_ref[i, :, lanes], exchange, state)
 
-    def discretize(slot: int, group: Array, at: Array | int) -> None:
-        _, lanes = block.lanes(slot)
-        _, size = block.step_size(block.vector(delta_ref, slot, group), bias_ref[:, lanes])
-        drive = size * block.vector(u_ref, slot, group)
-        step.put_slot(block.clear(size, slot, group), slot, at)
-        driven.put_slot(block.clear(drive, slot, group), slot, at)
+    def make_ready(block: Block, first: int, start: Array, count: int) -> None:
+        """Step sizes, those times u, B and C of some steps, in the state layout."""
+        for slot in range(plan.slots if first == 0 else 0):
+            _, lanes = block.lanes(slot)
+            delta = block.vector(delta_ref, slot, start, count)
+            _, size = step_size(block, delta, bias_ref[:, lanes])
+            drive = size * block.vector(u_ref, slot, start, count)
+            step.put_slot(block.clear(size, slot, start), slot, start)
+            driven.put_slot(block.clear(drive, slot, start), slot, start)
+        matrices.spread(block, matrices_ref, first, start, count)
 
-    def place(group: Array, index: int) -> Array:
-        """Half of the buffer for B and C that a set of a group uses: they alternate."""
-        return (group * plan.state_sets + index) & 1
-
-    def vectors_ready(group: Array, at: Array | int) -> list[Callable[[], None]]:
-        return [partial(discretize, slot, group, at) for slot in range(plan.slots)]
-
-    def matrices_ready(group: Array, index: int) -> list[Callable[[], None]]:
-        at = place(group, index)
-        return matrices.spread(block, matrices_ref, group, index * plan.set_states, at)
-
-    def advance(group: Array, index: int, parts: list[Callable[[], None]]) -> None:
+    def advance(block: Block, first: int, group: Array) -> None:
         """Eight steps of a set of states; y is summed over the sets."""
-        first, at = index * plan.set_states, place(group, index)
 
-        def one(row: Array | int, h: list[States]) -> list[States]:
-            size, drive = step.by_step(row, group & 1), driven.by_step(row, group & 1)
-            total = y.by_step(row) if first else 0.0
-            for i, x in enumerate(h):
-                drives = drive * matrices.by_step(0, i, row, at)
-                h[i] = jnp.exp2(size * rate[first + i]) * x + drives
-                total = total + h[i] * matrices.by_step(1, i, row, at)
-            y.put_step(total, row)
+        def one(row: int | Array, h: Set) -> Set:
+            size, drive = step.by_step(row, group), driven.by_step(row, group)
+
+            def one_state(i: int | Array, carry: tuple[Set, States]) -> tuple[Set, States]:
+                h, total = carry
+                drives = drive * matrices.by_step(0, i, row, group)
+                x = jnp.exp2(size * rate[first + i]) * h[i] + drives
+                total = total + x * matrices.by_step(1, i, row, group)
+                return replace(h, i, x), total
+
+            total = y.by_step(row, group) if first else jnp.zeros_like(size)
+            h, total = repeat(block, plan.set_states, one_state, (h, total))
+            y.put_step(total, row, group)
             return h
 
-        states = range(first, first + plan.set_states)
-        h = sweep(block, one, [state[n] for n in states], parts=parts)
-        for n, x in zip(states, h, strict=True):
-            state[n] = x
+        store_set(sweep(block, one, load_set(block, state, first)), state, first)
 
-    def finish(group: Array) -> None:
+    def finish(block: Block, start: Array, count: int) -> None:
+        """Writes y of some steps."""
         for slot in range(plan.slots):
             sequence, lanes = block.lanes(slot)
-            rows = pl.ds(block.first_row(group), SUBLANES)
-            direct = D_ref[:, lanes] * block.vector(u_ref, slot, group)
-            y_ref[sequence, rows, lanes] = (y.by_slot(slot) + direct).astype(y_ref.dtype)
+            direct = D_ref[:, lanes] * block.vector(u_ref, slot, start, count)
+            total = y.by_slot(slot, start, count) + direct
+            y_ref[sequence, block.rows(start, count), lanes] = total.astype(y_ref.dtype)
 
-    def iteration(group: Array, _: None) -> None:
-        ahead = jnp.minimum(group + 1, block.row_groups - 1)
-        for index in range(plan.state_sets):
-            last = index + 1 == plan.state_sets
-            parts = matrices_ready(ahead, 0) if last else matrices_ready(group, index + 1)
-            if last:
-                parts = vectors_ready(ahead, (group + 1) & 1) + parts
-            advance(group, index, parts)
-        finish(group)
-
-    chunks = plan.steps // plan.chunk
-    groups = plan.chunk // SUBLANES
-
-    def chunk(i: Array, _: None) -> None:
+    def of_chunk(i: Array, _: None) -> None:
         place = chunks - 1 - i if plan.reverse else i
+        block = Block(plan, first_chunk + place, channel, place * plan.chunk)
         for slot, x in enumerate(take_states(block, state, exchange)):
             sequence, lanes = block.lanes(slot)
             kept_ref[sequence, place, :, lanes] = x
-        jax.lax.fori_loop(i * groups, (i + 1) * groups, iteration, None)
+        for first in range(0, plan.states, plan.set_states):
+            block.in_pieces(partial(make_ready, block, first))
+            block.in_scan_order(partial(advance, block, first))
+        block.in_pieces(partial(finish, block))
 
-    for part in vectors_ready(jnp.int32(0), 0) + matrices_ready(jnp.int32(0), 0):
-        part()
-    jax.lax.fori_loop(0, chunks, chunk, None)
+    jax.lax.fori_loop(0, chunks, of_chunk, None)
 
     @pl.when(turn == turns - 1)
     def _end() -> None:
+        block = Block(plan, first_chunk, channel)
         for slot, x in enumerate(take_states(block, state, exchange)):
             sequence, lanes = block.lanes(slot)
             last_ref[sequence, :, lanes] = x

@@ -1,72 +1,74 @@
 """Inside a program of the TPU kernels: one block of the problem, and moving data between layouts.
 
-    vector layout   (8 steps, 128 channels): rows of u, delta and y as they lie in memory
+    vector layout   (steps, 128 channels): rows of u, delta and y as they lie in memory
     state layout    (slots, 128 channels): one time step, or one state, of every slot
 
 A buffer of slots x ROW_PITCH rows turns one into the other: written at row slot * ROW_PITCH in the
 vector layout, it is read with that pitch, from row t, in the state layout.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from .base import SOFTPLUS_THRESHOLD
 from .pallas_tpu_plan import LANES, ROW_PITCH, SUBLANES, Plan
 
 Ref = Any
 Carry = TypeVar("Carry")
 
-Vector = Float[Array, "8 128"]
+# log1p(z) / z on [0, 1], rising powers: interpolated at Chebyshev nodes, to 2.2e-7 of the value.
+_LOG1P = (
+    *(0.9999997615814209, -0.49997174739837646, 0.3327192962169647, -0.24474774301052094),
+    *(0.1768747717142105, -0.1068500280380249, 0.04349390044808388, -0.00837115291506052),
+)
+
+_EIGHT = np.int32(SUBLANES)
+
+Vector = Float[Array, "t 128"]
 States = Float[Array, "slots 128"]
+Set = Any  # of states: a list of States, or where loops are not unrolled, an array of them
 
 
 @dataclass(frozen=True)
 class Block:
-    """A program's part of the problem.
+    """The chunk that a program is working on.
 
     Attributes:
       plan: the whole problem.
-      steps: time steps of the block.
-      time: which block along time it is, counted from the start of the sequence.
+      chunk: which chunk of the sequence it is.
       channel: which block along the channels it is.
+      offset: where the chunk begins in the program's blocks of u, delta and y.
     """
 
     plan: Plan
-    steps: int
-    time: Array
+    chunk: Array
     channel: Array
+    offset: Array | int = 0
 
     @property
-    def row_groups(self) -> int:
+    def groups(self) -> int:
         """Groups of 8 steps."""
-        return self.steps // SUBLANES
+        return self.plan.chunk // SUBLANES
 
-    def first_row(self, group: Array) -> Array:
-        """First row of the group of 8 steps that comes `group`-th in scan order."""
-        group = self.row_groups - 1 - group if self.plan.reverse else group
-        return pl.multiple_of(group * SUBLANES, SUBLANES)
-
-    @property
-    def last_row(self) -> int:
-        """The row of a group that comes last in scan order."""
-        return 0 if self.plan.reverse else SUBLANES - 1
+    def rows(self, start: Array, count: int) -> pl.Slice:
+        """Rows of the program's blocks, from row `start` of the chunk on."""
+        return pl.ds(pl.multiple_of(self.offset + start, SUBLANES), count)
 
     def lanes(self, slot: int) -> tuple[int, slice]:
         """The sequence of a slot, and its channels in the block."""
         sequence, tile = divmod(slot, self.plan.tiles)
         return sequence, slice(tile * LANES, (tile + 1) * LANES)
 
-    def vector(self, ref: Ref, slot: int, group: Array) -> Vector:
-        """Eight steps of a slot of u, delta or y, float32."""
+    def vector(self, ref: Ref, slot: int, start: Array, count: int) -> Vector:
+        """Steps `start` to `start + count` of a slot of u, delta or y, float32."""
         sequence, lanes = self.lanes(slot)
-        return ref[sequence, pl.ds(self.first_row(group), SUBLANES), lanes].astype(jnp.float32)
+        return ref[sequence, self.rows(start, count), lanes].astype(jnp.float32)
 
     def valid_channels(self, slot: int) -> Bool[Array, "1 128"] | None:
         """Which lanes of a slot hold channels; None if all do."""
@@ -77,26 +79,31 @@ class Block:
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         return self.channel * plan.block_channels + lanes.start + lane < plan.channels
 
-    def valid_steps(self, group: Array) -> Bool[Array, "8 1"] | None:
-        """Which rows of a group are time steps of the sequence; None if all are."""
-        if self.plan.length % self.steps == 0:
+    def valid_steps(self, start: Array, count: int) -> Bool[Array, "t 1"] | None:
+        """Which of some rows are time steps of the sequence; None if all are."""
+        if self.plan.length % self.plan.chunk == 0:
             return None
-        row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0)
-        return self.time * self.steps + self.first_row(group) + row < self.plan.length
+        row = jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+        return self.chunk * self.plan.chunk + start + row < self.plan.length
 
-    def clear(self, x: Vector, slot: int, group: Array) -> Vector:
+    def clear(self, x: Vector, slot: int, start: Array) -> Vector:
         """`x` with zeros where the block hangs over the end of the sequence or the channels.
 
         Whatever lies there in memory, not a number included, must not reach a sum.
         """
-        for valid in (self.valid_steps(group), self.valid_channels(slot)):
+        for valid in (self.valid_steps(start, x.shape[0]), self.valid_channels(slot)):
             x = x if valid is None else jnp.where(valid, x, 0.0)
         return x
 
-    def step_size(self, delta: Vector, bias: Float[Array, "1 128"]) -> tuple[Vector, Vector]:
-        """Delta + bias, and the step size made from it."""
-        raw = delta + bias
-        return raw, softplus(raw) if self.plan.delta_softplus else raw
+    def in_pieces(self, work: Callable[[Array, int], None]) -> None:
+        """Calls `work(start, count)` for pieces of the chunk in the vector layout."""
+        count = self.plan.piece
+        jax.lax.fori_loop(0, self.plan.chunk // count, lambda i, _: work(i * count, count), None)
+
+    def in_scan_order(self, work: Callable[[Array], None], *, backward: bool = False) -> None:
+        """Calls `work(group)` for the groups of 8 steps in scan order, or against it."""
+        falling, last = self.plan.reverse != backward, self.groups - 1
+        jax.lax.fori_loop(0, self.groups, lambda i, _: work(last - i if falling else i), None)
 
 
 @dataclass(frozen=True)
@@ -109,24 +116,29 @@ class Vectors:
     def _base(self, group: Array | int) -> Array | int:
         return group * (self.slots * ROW_PITCH)
 
-    def by_slot(self, slot: int, group: Array | int = 0) -> Vector:
-        """Eight steps of one slot."""
-        return self.ref[pl.ds(self._base(group) + slot * ROW_PITCH, SUBLANES)]
+    def by_slot(self, slot: int, start: Array | int, count: int) -> Vector:
+        """Some steps of one slot; `start` and `count` are multiples of 8."""
+        first = start // SUBLANES if isinstance(start, int) else jax.lax.div(start, _EIGHT)
+        parts = [
+            self.ref[pl.ds(self._base(first + i) + slot * ROW_PITCH, SUBLANES)]
+            for i in range(count // SUBLANES)
+        ]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-    def put_slot(self, x: Vector, slot: int, group: Array | int = 0) -> None:
-        """Stores eight steps of one slot."""
-        self.ref[pl.ds(self._base(group) + slot * ROW_PITCH, SUBLANES)] = x
+    def put_slot(self, x: Vector, slot: int, start: Array | int) -> None:
+        """Stores some steps of one slot."""
+        first = start // SUBLANES if isinstance(start, int) else jax.lax.div(start, _EIGHT)
+        for i in range(x.shape[0] // SUBLANES):
+            rows = pl.ds(self._base(first + i) + slot * ROW_PITCH, SUBLANES)
+            self.ref[rows] = x[i * SUBLANES : (i + 1) * SUBLANES]
 
-    def _across(self, row: Array | int, group: Array | int) -> pl.Slice:
-        return pl.ds(self._base(group) + row, self.slots, stride=ROW_PITCH)
-
-    def by_step(self, row: Array | int, group: Array | int = 0) -> States:
+    def by_step(self, row: Array | int, group: Array | int) -> States:
         """One step of all slots."""
-        return self.ref[self._across(row, group)]
+        return self.ref[pl.ds(self._base(group) + row, self.slots, stride=ROW_PITCH)]
 
-    def put_step(self, x: States, row: Array | int, group: Array | int = 0) -> None:
+    def put_step(self, x: States, row: Array | int, group: Array | int) -> None:
         """Stores one step of all slots."""
-        self.ref[self._across(row, group)] = x
+        self.ref[pl.ds(self._base(group) + row, self.slots, stride=ROW_PITCH)] = x
 
 
 def vectors_rows(slots: int, groups: int = 1) -> int:
@@ -136,7 +148,7 @@ def vectors_rows(slots: int, groups: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Matrices:
-    """A buffer for B and C, each entry spread over the 128 lanes of the slots that use it."""
+    """A buffer for a set of states of B and C, each entry spread over the channels that use it."""
 
     ref: Ref
     plan: Plan
@@ -144,56 +156,63 @@ class Matrices:
     def _vectors(self) -> Vectors:
         return Vectors(self.ref, self.plan.matrix_slots)
 
-    def _index(self, at: Array | int, side: int, i: int) -> Array | int:
-        return (at * 2 + side) * self.plan.set_states + i
+    def _place(self, side: int, i: int | Array, group: Array) -> Array:
+        """B and C of a state follow each other, the groups of a state too."""
+        return (side * self.plan.set_states + i) * (self.plan.chunk // SUBLANES) + group
 
-    def spread(
-        self, block: Block, ref: Ref, group: Array, first: int, at: Array | int, *, sides: int = 2
-    ) -> list[Callable[[], None]]:
-        """Parts of the work of spreading a set of states of 8 steps, one for each column.
+    def spread(self, block: Block, ref: Ref, first: int, start: Array, count: int) -> None:
+        """Fills in some time steps of a set.
 
         Args:
           block: the program's block.
           ref: B and C of the block.
-          group: which 8 steps, in scan order.
           first: first state of the set.
-          at: where in the buffer.
-          sides: 1 for B alone, 2 for C too.
+          start: first of these steps.
+          count: how many; a permutation of lanes is set up once for all of them.
         """
-        plan, valid = self.plan, block.valid_steps(group)
-        rows = pl.ds(block.first_row(group), SUBLANES)
-        values = []
+        plan, valid = self.plan, block.valid_steps(start, count)
+        tiles = 1 if plan.matrix_slots == 1 else plan.tiles
         for sequence in range(plan.sequences):
-            x = ref[sequence, 0, rows].astype(jnp.float32)
-            values.append(x if valid is None else jnp.where(valid, x, 0.0))
+            values = ref[sequence, 0, block.rows(start, count)].astype(jnp.float32)
+            values = values if valid is None else jnp.where(valid, values, 0.0)
 
-        def part(side: int, i: int) -> None:
-            for slot in range(plan.matrix_slots):
-                sequence, tile = divmod(slot, plan.tiles)
-                x = self._of_tile(values[sequence], tile, side, first + i)
-                self._vectors().put_slot(x, slot, self._index(at, side, i))
+            def column(
+                i: int | Array, _: None, sequence: int = sequence, x: Array = values
+            ) -> None:
+                for side in (0, 1):
+                    for tile in range(tiles):
+                        wide = self._of_tile(x, tile, side, first + i)
+                        row = self._place(side, i, 0) * SUBLANES + start
+                        self._vectors().put_slot(wide, sequence * tiles + tile, row)
 
-        return [partial(part, side, i) for i in range(plan.set_states) for side in range(sides)]
+            repeat(block, plan.set_states, column, None)
 
-    def _of_tile(self, values: Array, tile: int, side: int, state: int) -> Vector:
+    def _of_tile(
+        self, values: Array, tile: int, side: int, state: int | Array
+    ) -> Float[Array, "rows 128"]:
         """A state's entries for the channels of a tile."""
-        lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+        shape = (values.shape[0], LANES)
+        lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
         result = None
         for k, first, _ in self.plan.groups_of_tile(tile):
             column = self.plan.column(side, k, state)
-            x = jnp.broadcast_to(values[:, column : column + 1], (SUBLANES, LANES))
+            if isinstance(column, int):
+                x = values[:, column : column + 1]
+            else:
+                x = jax.lax.dynamic_slice_in_dim(values, column, 1, 1)
+            x = jnp.broadcast_to(x, shape)
             result = x if result is None else jnp.where(lane >= first, x, result)
         assert result is not None
         return result
 
-    def by_step(self, side: int, i: int, row: Array | int, at: Array | int) -> States:
+    def by_step(self, side: int, i: int | Array, row: int | Array, group: Array) -> States:
         """State i's entry of B (side 0) or C (side 1) in a step: of every slot, or one for all."""
-        return self._vectors().by_step(row, self._index(at, side, i))
+        return self._vectors().by_step(row, self._place(side, i, group))
 
 
 def matrices_rows(plan: Plan) -> int:
-    """Rows of a buffer for `Matrices`: a set of 8 steps in use, and one being made ready."""
-    return vectors_rows(plan.matrix_slots, 2 * 2 * plan.set_states)
+    """Rows of a buffer for `Matrices` of a chunk."""
+    return vectors_rows(plan.matrix_slots, plan.chunk // SUBLANES * 2 * plan.set_states)
 
 
 def load_states(
@@ -213,17 +232,48 @@ def load_states(
         x, valid = part(*block.lanes(slot)), block.valid_channels(slot)
         x = x if valid is None else jnp.where(valid, x, 0.0)
         exchange[slot * pitch : slot * pitch + plan.d_state] = x * factor
-    for n in range(plan.states):
-        rows = pl.ds(n, plan.slots, stride=pitch)
-        to[n] = exchange[rows] if n < plan.d_state else jnp.zeros((plan.slots, LANES))
+
+    def one(n: int | Array, _: None) -> None:
+        to[n] = exchange[pl.ds(n, plan.slots, stride=pitch)]
+
+    repeat(block, plan.d_state, one, None)
+    for n in range(plan.d_state, plan.states):
+        to[n] = jnp.zeros((plan.slots, LANES))
 
 
 def take_states(block: Block, states: Ref, exchange: Ref) -> list[Float[Array, "n 128"]]:
     """The inverse of `load_states`: (n, 128) of each slot."""
     plan, pitch = block.plan, states_pitch(block.plan)
-    for n in range(plan.d_state):
+
+    def one(n: int | Array, _: None) -> None:
         exchange[pl.ds(n, plan.slots, stride=pitch)] = states[n]
+
+    repeat(block, plan.d_state, one, None)
     return [exchange[slot * pitch : slot * pitch + plan.d_state] for slot in range(plan.slots)]
+
+
+def load_set(block: Block, ref: Ref, first: int) -> Set:
+    """A set of states, from state `first` on, to be indexed by 0, 1, ..."""
+    count = block.plan.set_states
+    if block.plan.unrolled:
+        return [ref[first + i] for i in range(count)]
+    return ref[pl.ds(first, count)]
+
+
+def store_set(values: Set, ref: Ref, first: int) -> None:
+    """Stores what `load_set` loaded."""
+    if not isinstance(values, list):
+        ref[pl.ds(first, values.shape[0])] = values
+        return
+    for i, x in enumerate(values):
+        ref[first + i] = x
+
+
+def replace(values: Set, i: int | Array, x: States) -> Set:
+    """The set with one state replaced."""
+    if not isinstance(values, list):
+        return values.at[i].set(x)
+    return [x if j == i else old for j, old in enumerate(values)]
 
 
 def exchange_rows(plan: Plan) -> int:
@@ -236,41 +286,45 @@ def states_pitch(plan: Plan) -> int:
     return plan.d_state | 1
 
 
-def sweep(
-    block: Block,
-    step: Callable[[Array | int, Carry], Carry],
-    carry: Carry,
-    *,
-    backward: bool = False,
-    parts: Sequence[Callable[[], None]] = (),
-) -> Carry:
-    """Runs the 8 steps of a group, and `parts`, work that is independent of them.
-
-    Unrolled, and the parts traced evenly between the steps, where the scheduler then finds them
-    side by side; or, for an interpreter, as a loop that is quick to compile.
-
-    Args:
-      block: the program's block.
-      step: takes a row and the carry, and gives the next carry.
-      carry: the first carry.
-      backward: from the last step in scan order to the first.
-      parts: functions to call once each.
-    """
-    falling = block.plan.reverse != backward
+def repeat(block: Block, count: int, body: Callable[[Any, Carry], Carry], carry: Carry) -> Carry:
+    """A loop over states or steps, unrolled for the TPU; interpreters compile it faster rolled."""
     if not block.plan.unrolled:
-        for part in parts:
-            part()
-        return jax.lax.fori_loop(
-            0, SUBLANES, lambda i, x: step(SUBLANES - 1 - i if falling else i, x), carry
-        )
-    for i in range(SUBLANES):
-        carry = step(SUBLANES - 1 - i if falling else i, carry)
-        for part in parts[i * len(parts) // SUBLANES : (i + 1) * len(parts) // SUBLANES]:
-            part()
+        return jax.lax.fori_loop(0, count, body, carry)
+    for i in range(count):
+        carry = body(i, carry)
     return carry
 
 
+def sweep(
+    block: Block,
+    step: Callable[[int | Array, Carry], Carry],
+    carry: Carry,
+    *,
+    backward: bool = False,
+) -> Carry:
+    """Runs the 8 steps of a group: `step` takes a row and the carry, and gives the next carry.
+
+    They run in scan order, or if `backward`, against it.
+    """
+    falling = block.plan.reverse != backward
+    last = SUBLANES - 1
+    return repeat(block, SUBLANES, lambda i, x: step(last - i if falling else i, x), carry)
+
+
+def step_size(block: Block, delta: Vector, bias: Float[Array, "1 128"]) -> tuple[Vector, Vector]:
+    """What the softplus is applied to, and the step size."""
+    raw = delta + bias
+    return raw, softplus(raw) if block.plan.delta_softplus else raw
+
+
 def softplus(x: Vector) -> Vector:
-    """As `base.softplus`; only the values count, the backward kernel has its own derivative."""
-    below = jnp.log1p(jnp.exp(jnp.minimum(x, SOFTPLUS_THRESHOLD)))
-    return jnp.where(x > SOFTPLUS_THRESHOLD, x, below)
+    """As `base.softplus`; above torch's threshold the two agree in float32.
+
+    max(x, 0) + log1p(exp(-|x|)), with log1p(z) = z p(z) on [0, 1] from a polynomial: Mosaic's own
+    log1p takes the logarithm of 1 + z, which leaves few correct digits of a small step size.
+    """
+    z = jnp.exp(-jnp.abs(x))
+    p = jnp.float32(_LOG1P[-1])
+    for coefficient in _LOG1P[-2::-1]:
+        p = p * z + coefficient
+    return jnp.maximum(x, 0.0) + z * p

@@ -10,6 +10,7 @@ register has sublanes: that is what lets one instruction advance 8 x 128 channel
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,14 +18,14 @@ from jaxtyping import Array, Float
 from .base import Tile
 
 LANES = 128
-SUBLANES = 8  # rows of a register, and the time steps that one loop iteration handles
+SUBLANES = 8  # rows of a register, and time steps that one iteration of a loop handles
 # Rows from one slot to the next in a buffer that is read across slots. Mosaic splits a read whose
 # pitch is a multiple of 8 in several, as all its rows would lie in the same part of the memory.
 ROW_PITCH = SUBLANES + 1
 MAX_STATES = 64
 _SET_STATES = 16  # states held in registers at once
 # Blocks must fit the 16 MB of VMEM that a kernel may use on every TPU since v4. The backward kernel
-# holds all states and decays of a set for a chunk: 4 KB each, a step.
+# holds a set of states of a whole chunk, 4 KB each and step.
 _CHUNK_FEW_STATES, _CHUNK_MANY_STATES = 64, 32
 _FEW_STATES = 8
 _FORWARD_STEPS = 256
@@ -43,7 +44,7 @@ class Plan:
       delta_softplus: as in `selective_scan`.
       reverse: as in `selective_scan`.
       tile: block sizes, or None for the best.
-      unrolled: whether the 8 steps of a group are unrolled; an interpreter compiles faster if not.
+      unrolled: whether loops over steps and states are; interpreters compile faster if not.
     """
 
     batch: int
@@ -138,11 +139,16 @@ class Plan:
 
     @cached_property
     def steps(self) -> int:
-        """Time steps of a block of the forward kernel: whole chunks, to start its loop rarely."""
+        """Time steps of a block of the forward kernel: many chunks, as a block has its own cost."""
         most = _FORWARD_STEPS if self.tile is None else self.tile.steps
         chunks = kept_states(self.length, self.d_state, self.tile)
         count = min(chunks, max(1, most // self.chunk))
         return self.chunk * next(x for x in range(count, 0, -1) if chunks % x == 0)
+
+    @property
+    def piece(self) -> int:
+        """Time steps that are made ready at once: enough to hide latencies."""
+        return next(x for x in (32, 16, 8) if self.chunk % x == 0)
 
     @property
     def kept(self) -> int:
@@ -162,7 +168,7 @@ class Plan:
             (g, max(0, lo), min(LANES, hi)) for g, (lo, hi) in of_block if hi > 0 and lo < LANES
         ]
 
-    def column(self, side: int, group: int, state: int) -> int:
+    def column(self, side: int, group: int, state: Any) -> Any:
         """Where B (side 0) or C (side 1) of a block has a group's state."""
         return (side * self.block_groups + group) * self.states + state
 

@@ -27,12 +27,18 @@ from .pallas_tpu_block import (
     Block,
     Matrices,
     Ref,
+    Set,
     States,
     Vector,
     Vectors,
     exchange_rows,
+    load_set,
     load_states,
     matrices_rows,
+    repeat,
+    replace,
+    step_size,
+    store_set,
     sweep,
     take_states,
     vectors_rows,
@@ -133,15 +139,13 @@ def _scratch(plan: Plan) -> list[Any]:
 
     groups, states = plan.chunk // SUBLANES, plan.set_states
     a_state = pltpu.VMEM((plan.states, plan.slots, LANES), jnp.float32)
-    of_chunk = rows(vectors_rows(plan.slots, groups))
     return [
-        *[a_state] * 4,
-        *[of_chunk] * 5,
+        *[a_state] * 5,
+        *[rows(vectors_rows(plan.slots, groups))] * 5,
         rows(matrices_rows(plan)),
         rows(vectors_rows(plan.slots, (groups + 1) * states)),
-        pltpu.VMEM((plan.chunk * states, plan.slots, LANES), jnp.float32),
         rows(vectors_rows(plan.slots, states)),
-        pltpu.VMEM((2, plan.slots * SUBLANES, LANES), jnp.float32),
+        pltpu.VMEM((2, plan.slots, LANES), jnp.float32),
         rows(exchange_rows(plan)),
     ]
 
@@ -164,7 +168,8 @@ def _kernel(
     of_vectors_ref: Ref,
     of_state_ref: Ref,
     A: Ref,
-    start: Ref,
+    rate: Ref,
+    start_state: Ref,
     passed_on: Ref,
     of_A: Ref,
     step_buffer: Ref,
@@ -174,15 +179,13 @@ def _kernel(
     of_driven_buffer: Ref,
     matrices_buffer: Ref,
     states_buffer: Ref,
-    decays: Ref,
     reaching_buffer: Ref,
     of_vectors: Ref,
     exchange: Ref,
 ) -> None:
-    """One chunk. Buffers named `_buffer` are `Vectors`; decays (step and state, slots, 128)."""
+    """One chunk. `rate` is A in powers of two; buffers named `_buffer` are for `Vectors`."""
     turn, turns = pl.program_id(2), pl.num_programs(2)
-    time = turn if plan.reverse else turns - 1 - turn
-    block = Block(plan, plan.chunk, time, pl.program_id(1))
+    block = Block(plan, turn if plan.reverse else turns - 1 - turn, pl.program_id(1))
     step, driven, of_y, of_step, of_driven, states, reaching = (
         Vectors(ref, plan.slots)
         for ref in (
@@ -191,146 +194,158 @@ def _kernel(
         )
     )
     matrices = Matrices(matrices_buffer, plan)
+    # Groups lie in `states` in the order of time, and with them the state before the first one.
+    shift, first_place = (0, block.groups) if plan.reverse else (1, 0)
+    last_row, back = (0, 1) if plan.reverse else (SUBLANES - 1, -1)
 
     @pl.when(turn == 0)
     def _start() -> None:
         load_states(block, lambda _, lanes: A_ref[:, lanes], exchange, A)
+        load_states(block, lambda _, lanes: A_ref[:, lanes], exchange, rate, math.log2(math.e))
         load_states(block, lambda i, lanes: of_last_ref[i, :, lanes], exchange, passed_on)
         of_A[...] = jnp.zeros_like(of_A)
         of_vectors[...] = jnp.zeros_like(of_vectors)
 
-    load_states(block, lambda i, lanes: kept_ref[i, 0, :, lanes], exchange, start)
+    def make_ready(first: int, start: Array, count: int) -> None:
+        """Step sizes, those times u, the gradient of y, B and C of some steps."""
+        for slot in range(plan.slots if first == 0 else 0):
+            _, lanes = block.lanes(slot)
+            delta = block.vector(delta_ref, slot, start, count)
+            _, size = step_size(block, delta, bias_ref[:, lanes])
+            drive = size * block.vector(u_ref, slot, start, count)
+            gradient = block.vector(of_y_ref, slot, start, count)
+            for to, x in ((step, size), (driven, drive), (of_y, gradient)):
+                to.put_slot(block.clear(x, slot, start), slot, start)
+        matrices.spread(block, matrices_ref, first, start, count)
 
-    def discretize(slot: int, group: Array) -> None:
-        _, lanes = block.lanes(slot)
-        _, size = block.step_size(block.vector(delta_ref, slot, group), bias_ref[:, lanes])
-        drive = size * block.vector(u_ref, slot, group)
-        step.put_slot(block.clear(size, slot, group), slot, group)
-        driven.put_slot(block.clear(drive, slot, group), slot, group)
-        of_y.put_slot(block.clear(block.vector(of_y_ref, slot, group), slot, group), slot, group)
+    def place(group: Array, i: int | Array) -> Array:
+        """Where `states` has a state of a group."""
+        return (group + shift) * plan.set_states + i
 
     def recompute(first: int, group: Array) -> None:
-        """States and decays of 8 steps; states of group i are at i + 1, those before it at i."""
-        ahead = jnp.minimum(group + 1, block.row_groups - 1)
-        parts = matrices.spread(block, matrices_ref, ahead, first, (group + 1) & 1, sides=1)
-        if first == 0:
-            parts = [partial(discretize, slot, ahead) for slot in range(plan.slots)] + parts
+        """States of 8 steps of a set."""
 
-        def one(row: Array | int, h: list[States]) -> list[States]:
+        def one(row: int | Array, h: Set) -> Set:
             size, drive = step.by_step(row, group), driven.by_step(row, group)
-            for i, x in enumerate(h):
-                decay = jnp.exp2(size * (A[first + i] * math.log2(math.e)))
-                h[i] = decay * x + drive * matrices.by_step(0, i, row, group & 1)
-                decays[(group * SUBLANES + row) * plan.set_states + i] = decay
-                states.put_step(h[i], row, (group + 1) * plan.set_states + i)
-            return h
 
-        before = [
-            states.by_step(block.last_row, group * plan.set_states + i)
-            for i in range(plan.set_states)
-        ]
-        sweep(block, one, before, parts=parts)
+            def one_state(i: int | Array, h: Set) -> Set:
+                drives = drive * matrices.by_step(0, i, row, group)
+                x = jnp.exp2(size * rate[first + i]) * h[i] + drives
+                states.put_step(x, row, place(group, i))
+                return replace(h, i, x)
+
+            return repeat(block, plan.set_states, one_state, h)
+
+        store_set(sweep(block, one, load_set(block, start_state, first)), start_state, first)
+
+    def previous(row: int | Array, group: Array, i: int | Array) -> States:
+        """A state one step earlier in scan order: in the row before, or in the group before."""
+        before = row + back
+        inside = (0 <= before) & (before < SUBLANES)
+        if isinstance(before, int):
+            before, group = (before, group) if inside else (last_row, group + back)
+        else:
+            group = jnp.where(inside, group, group + back)
+            before = jnp.where(inside, before, last_row)
+        return states.by_step(before, place(group, i))
 
     def differentiate(first: int, group: Array) -> None:
-        """The adjoint recurrence over 8 steps."""
-        indices = list(enumerate(range(first, first + plan.set_states)))
-        ahead = jnp.maximum(group - 1, 0)
-        parts = matrices.spread(block, matrices_ref, ahead, first, (group + 1) & 1)
+        """The adjoint recurrence over 8 steps of a set."""
 
-        def one(
-            row: Array | int, carry: tuple[list[States], list[States]]
-        ) -> tuple[list[States], list[States]]:
-            q, sums = carry
+        def one(row: int | Array, carry: tuple[Set, Set]) -> tuple[Set, Set]:
             size, gradient = step.by_step(row, group), of_y.by_step(row, group)
-            to_drive, to_step = (
-                (of_driven.by_step(row, group), of_step.by_step(row, group)) if first else (0, 0)
+
+            def one_state(i: int | Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+                q, sums, to_drive, to_step = carry
+                reaches = gradient * matrices.by_step(1, i, row, group) + q[i]
+                reaching.put_step(reaches, row, i)
+                to_drive = to_drive + reaches * matrices.by_step(0, i, row, group)
+                passes = reaches * jnp.exp2(size * rate[first + i])
+                of_exponent = passes * previous(row, group, i)
+                to_step = to_step + of_exponent * A[first + i]
+                sums = replace(sums, i, sums[i] + of_exponent * size)
+                return replace(q, i, passes), sums, to_drive, to_step
+
+            zeros = jnp.zeros_like(size)
+            sofar = (
+                (of_driven.by_step(row, group), of_step.by_step(row, group))
+                if first
+                else (zeros, zeros)
             )
-            for i, n in indices:
-                r = gradient * matrices.by_step(1, i, row, group & 1) + q[i]
-                reaching.put_step(r, row, i)
-                to_drive = to_drive + r * matrices.by_step(0, i, row, group & 1)
-                q[i] = r * decays[(group * SUBLANES + row) * plan.set_states + i]
-                of_exponent = q[i] * previous(row, group, i)
-                to_step = to_step + of_exponent * A[n]
-                sums[i] = sums[i] + of_exponent * size
+            *carry, to_drive, to_step = repeat(block, plan.set_states, one_state, (*carry, *sofar))
             of_driven.put_step(to_drive, row, group)
             of_step.put_step(to_step, row, group)
-            return q, sums
+            return tuple(carry)
 
-        q, sums = sweep(
-            block, one, ([passed_on[n] for _, n in indices], [of_A[n] for _, n in indices]),
-            backward=True, parts=parts,
-        )  # fmt: skip
-        for i, n in indices:
-            passed_on[n], of_A[n] = q[i], sums[i]
-
-    def previous(row: Array | int, group: Array, i: int) -> States:
-        """State i before a step: in the row before, or the last row of the group before."""
-        before = row + 1 if plan.reverse else row - 1
-        inside = (0 <= before) & (before < SUBLANES)
-        place = (group + jnp.where(inside, 1, 0)) * plan.set_states + i
-        return states.by_step(jnp.where(inside, before, block.last_row), place)
+        carry = (load_set(block, passed_on, first), load_set(block, of_A, first))
+        q, sums = sweep(block, one, carry, backward=True)
+        store_set(q, passed_on, first)
+        store_set(sums, of_A, first)
+        sum_channels(first, group)
 
     def sum_channels(first: int, group: Array) -> None:
-        """Gradients of B and C, for the states of a set."""
-        rows = pl.ds(block.first_row(group), SUBLANES)
+        """Gradients of B and C of 8 steps, for the states of a set."""
+        rows = block.rows(group * SUBLANES, SUBLANES)
         lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.columns), 1)
         for sequence in range(plan.sequences):
-            result = of_matrices_ref[sequence, 0, rows] if first else jnp.zeros(lane.shape)
-            for i in range(plan.set_states):
-                of_B = _products(plan, sequence, reaching, i, driven, group)
-                state_place = (group + 1) * plan.set_states + i
-                of_C = _products(plan, sequence, states, state_place, of_y, group)
-                for side, by_group in enumerate((of_B, of_C)):
-                    for k, x in enumerate(by_group):
+            factors = [
+                [
+                    x.by_slot(sequence * plan.tiles + t, group * SUBLANES, SUBLANES)
+                    for x in (driven, of_y)
+                ]
+                for t in range(plan.tiles)
+            ]
+
+            def one_state(
+                i: int | Array, result: Array, sequence: int = sequence, factors: Any = factors
+            ) -> Array:
+                for side, (x, at) in enumerate(((reaching, i), (states, place(group, i)))):
+                    products = [
+                        x.by_slot(sequence * plan.tiles + t, at * SUBLANES, SUBLANES)
+                        * factors[t][side]
+                        for t in range(plan.tiles)
+                    ]
+                    for k, total in enumerate(_by_group(plan, products)):
                         column = plan.column(side, k, first + i)
-                        total = jnp.sum(x, axis=1, keepdims=True)
+                        total = jnp.sum(total, axis=1, keepdims=True)
                         result = jnp.where(lane == column, total, result)
+                return result
+
+            result = (
+                of_matrices_ref[sequence, 0, rows] if first else jnp.zeros(lane.shape, jnp.float32)
+            )
+            result = repeat(block, plan.set_states, one_state, result)
             of_matrices_ref[sequence, 0, rows] = result
 
-    def finish(slot: int, group: Array) -> None:
-        """Gradients of u and delta, and what D and the bias get from a slot."""
-        sequence, lanes = block.lanes(slot)
-        rows = pl.ds(block.first_row(group), SUBLANES)
-        u = block.vector(u_ref, slot, group)
-        raw, _ = block.step_size(block.vector(delta_ref, slot, group), bias_ref[:, lanes])
-        gradient, to_drive = of_y.by_slot(slot, group), of_driven.by_slot(slot, group)
-        to_u = to_drive * step.by_slot(slot, group) + D_ref[:, lanes] * gradient
-        to_delta = to_drive * u + of_step.by_slot(slot, group)
-        if plan.delta_softplus:
-            to_delta = to_delta * jax.nn.sigmoid(raw)
-        of_u_ref[sequence, rows, lanes] = to_u.astype(of_u_ref.dtype)
-        of_delta_ref[sequence, rows, lanes] = to_delta.astype(of_delta_ref.dtype)
-        mine = slice(slot * SUBLANES, (slot + 1) * SUBLANES)
-        of_vectors[0, mine] += block.clear(gradient * u, slot, group)
-        of_vectors[1, mine] += block.clear(to_delta, slot, group)
+    def finish(start: Array, count: int) -> None:
+        """Gradients of u and delta of some steps, and their part in those of D and the bias."""
+        for slot in range(plan.slots):
+            sequence, lanes = block.lanes(slot)
+            rows = block.rows(start, count)
+            u = block.vector(u_ref, slot, start, count)
+            delta = block.vector(delta_ref, slot, start, count)
+            raw = delta + bias_ref[:, lanes]
+            gradient, to_drive, to_step, size = (
+                x.by_slot(slot, start, count) for x in (of_y, of_driven, of_step, step)
+            )
+            to_u = to_drive * size + D_ref[:, lanes] * gradient
+            to_delta = to_drive * u + to_step
+            if plan.delta_softplus:
+                to_delta = to_delta * jax.nn.sigmoid(raw)
+            of_u_ref[sequence, rows, lanes] = to_u.astype(of_u_ref.dtype)
+            of_delta_ref[sequence, rows, lanes] = to_delta.astype(of_delta_ref.dtype)
+            for which, x in enumerate((gradient * u, to_delta)):
+                total = jnp.sum(block.clear(x, slot, start), axis=0, keepdims=True)
+                of_vectors[which, slot : slot + 1] += total
 
-    def of_set(first: int) -> None:
-        """All there is to do for one set of states."""
-        for i in range(plan.set_states):
-            states.put_step(start[first + i], block.last_row, i)
-        ready = matrices.spread(block, matrices_ref, jnp.int32(0), first, 0, sides=1)
-        if first == 0:
-            ready += [partial(discretize, slot, jnp.int32(0)) for slot in range(plan.slots)]
-        for part in ready:
-            part()
-        jax.lax.fori_loop(0, block.row_groups, lambda group, _: recompute(first, group), None)
-
-        def iteration(i: Array, _: None) -> None:
-            group = block.row_groups - 1 - i
-            differentiate(first, group)
-            sum_channels(first, group)
-            if first + plan.set_states == plan.states:
-                for slot in range(plan.slots):
-                    finish(slot, group)
-
-        last = jnp.int32(block.row_groups - 1)
-        for part in matrices.spread(block, matrices_ref, last, first, last & 1):
-            part()
-        jax.lax.fori_loop(0, block.row_groups, iteration, None)
-
+    load_states(block, lambda i, lanes: kept_ref[i, 0, :, lanes], exchange, start_state)
     for first in range(0, plan.states, plan.set_states):
-        of_set(first)
+        block.in_pieces(partial(make_ready, first))
+        for i, x in enumerate(load_set(block, start_state, first)):
+            states.put_step(x, last_row, first_place * plan.set_states + i)
+        block.in_scan_order(partial(recompute, first))
+        block.in_scan_order(partial(differentiate, first), backward=True)
+    block.in_pieces(finish)
 
     @pl.when(turn == turns - 1)
     def _end() -> None:
@@ -339,13 +354,8 @@ def _kernel(
             of_state_ref[sequence, :, lanes] = x
         _sum_slots(block, take_states(block, of_A, exchange), of_A_ref)
         for which in range(2):
-            sums = [
-                jnp.sum(
-                    of_vectors[which, slot * SUBLANES : (slot + 1) * SUBLANES], 0, keepdims=True
-                )
-                for slot in range(plan.slots)
-            ]
-            _sum_slots(block, sums, of_vectors_ref, pl.ds(which, 1))
+            rows = [of_vectors[which, slot : slot + 1] for slot in range(plan.slots)]
+            _sum_slots(block, rows, of_vectors_ref, pl.ds(which, 1))
 
 
 def _sum_slots(block: Block, parts: list[Array], ref: Ref, rows: Any = slice(None)) -> None:
@@ -356,15 +366,11 @@ def _sum_slots(block: Block, parts: list[Array], ref: Ref, rows: Any = slice(Non
         ref[0, rows, lanes] = sum(parts[tile + tiles :: tiles], parts[tile])
 
 
-def _products(
-    plan: Plan, sequence: int, x: Vectors, x_group: Array | int, y: Vectors, y_group: Array
-) -> list[Vector]:
-    """X y of a sequence, summed over its tiles, for each group of channels of the block."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+def _by_group(plan: Plan, products: list[Vector]) -> list[Vector]:
+    """Sums of the tiles of a block, one sum for each group of channels."""
     totals: list[Any] = [0.0] * plan.block_groups
-    for tile in range(plan.tiles):
-        slot = sequence * plan.tiles + tile
-        product = x.by_slot(slot, x_group) * y.by_slot(slot, y_group)
+    for tile, product in enumerate(products):
+        lane = jax.lax.broadcasted_iota(jnp.int32, product.shape, 1)
         for k, first, end in plan.groups_of_tile(tile):
             whole = (first, end) == (0, LANES)
             mine = product if whole else jnp.where((lane >= first) & (lane < end), product, 0.0)

@@ -24,10 +24,10 @@ LB: loop body
    0x3   : > { %s8 = sadd.s32 1, %s9 }
    0x4 LB: >> { %v1 = vld [vmem:[#allocation2] sm:$0xff]  ;;  %v2 = vmul.f32 %v1, %v1 }
    0x5   : >> { %91 = vst [vmem:[#allocation9_spill] sm:$0xff] /*vst_source=*/%v2 }
-   0x6   : >> { %v3 = vld [vmem:[#allocation9_spill] sm:$0xff]  ;;  %p1_p0 = scmp.ge.s32.totalorder %s1, 4 /* loop exit test */ }
+   0x6   : >> { %v3 = vld [vmem:[#allocation9_spill]]  ;;  %p1 = scmp.ge.s32.totalorder %s1, 4 /* loop exit test */ }
    0x7 PF: > { %20 = sst [smem:[#allocation3_spill]] %s8 }
    0x8 LB: >> { %v4 = vld [vmem:[#allocation2] sm:$0xff] }
-   0x9   : >> { %p2_p0 = scmp.ge.s32.totalorder %s2, 6 /* loop exit test */  ;;  %v5 = vadd.f32 %v4, %v4 }
+   0x9   : >> { %p2_p0 = scmp.ge.s32.totalorder %s2, 6 /* loop exit test */ }
   0x9a   : >> { %p3 = scmp.ge.s32.totalorder (%p2_p0), %s8, 130 /* loop exit test */ }
    0xa   :  { %21 = vsyncpa [#allocation8], 1 }
 """

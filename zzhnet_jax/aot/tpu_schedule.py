@@ -11,7 +11,7 @@ Bundles are counted, nothing is run: waiting for memory does not appear in the c
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -20,6 +20,7 @@ from ..errors import UserError
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*([A-Z]{2})?\s*:\s*(>*)\s*\{(.*)")
 _LOOP_BODY = "LB"
 _TOTAL = re.compile(r"total scheduled bundles:\s*(\d+)")
+_LIMIT = re.compile(r"= scmp\.ge\.s32\.totalorder [^;]*?, (\d+) /\* loop exit test \*/")
 _SPILLED = re.compile(r"\bv\w+ = vld [^;]*_spill\]|\bvst [^;]*_spill\]")
 
 
@@ -33,12 +34,14 @@ class Loop:
 
     Attributes:
       depth: 1 for the loop over the grid, more for loops inside.
+      trips: how often it runs each time it is entered.
       bundles: bundles of one iteration, without those of loops inside.
       spills: vector registers written to memory and read back in it for want of registers.
       innermost: whether it has no loop inside.
     """
 
     depth: int
+    trips: int
     bundles: int
     spills: int
     innermost: bool
@@ -64,9 +67,22 @@ class TpuSchedule:
         return tuple(loop.bundles for loop in self.loops if loop.innermost)
 
     @property
-    def block_bundles(self) -> int:
-        """Bundles of one turn of the grid outside the innermost loops, each counted once."""
-        return sum(loop.bundles for loop in self.loops if not loop.innermost)
+    def inner_bundles(self) -> int:
+        """Bundles issued in one turn of the grid by the loops inside."""
+        total, trips = 0, {1: 1}
+        for loop in self.loops:
+            if loop.depth > 1:
+                trips[loop.depth] = trips[loop.depth - 1] * loop.trips
+                total += trips[loop.depth] * loop.bundles
+        return total
+
+    @property
+    def outer_bundles(self) -> int:
+        """Bundles of one turn of the grid outside those loops: moving blocks, start and end.
+
+        What runs in some turns alone, such as the first, counts as if it ran in all.
+        """
+        return sum(loop.bundles for loop in self.loops if loop.depth == 1)
 
 
 def dump_flags(folder: Path) -> str:
@@ -109,47 +125,48 @@ def parse_schedule(kernel: str, analysis: str, bundles: str) -> TpuSchedule:
       bundles: text of `*-final_bundles.txt`.
 
     Raises:
-      ScheduleError: the analysis does not give the number of bundles.
+      ScheduleError: the number of bundles is not there, or a loop's number of iterations.
     """
     total = _TOTAL.search(analysis)
     if total is None:
         raise ScheduleError(f"the schedule analysis of {kernel!r} gives no total of bundles")
-    loops: list[list[int]] = []  # depth, bundles, spills, loops inside
-    entered: dict[int, int] = {}  # index of the loop that each depth is in
+    loops: list[Loop] = []
+    path: list[int] = []  # indices of the loops that the current line is in
     for line in bundles.splitlines():
         match = _BUNDLE.match(line)
         if not match:
             continue
         label, depth, text = match[1], len(match[2]), match[3]
         if label == _LOOP_BODY:
-            entered[depth] = len(loops)
-            loops.append([depth, 0, 0, 0])
-            if depth - 1 in entered and depth > 1:
-                loops[entered[depth - 1]][3] += 1
+            path = [*path[: depth - 1], len(loops)]
+            if depth > 1:
+                loops[path[-2]] = replace(loops[path[-2]], innermost=False)
+            loops.append(Loop(depth, 0, 0, 0, innermost=True))
         if depth:
-            loops[entered[depth]][1] += 1
-            loops[entered[depth]][2] += len(_SPILLED.findall(text))
-    return TpuSchedule(
-        kernel=kernel,
-        bundles=int(total[1]),
-        loops=tuple(Loop(d, count, spills, inside == 0) for d, count, spills, inside in loops),
-    )
+            path = path[:depth]
+            loop = loops[path[-1]]
+            spills = loop.spills + len(_SPILLED.findall(text))
+            loops[path[-1]] = replace(loop, bundles=loop.bundles + 1, spills=spills)
+        for limit in _LIMIT.findall(text):
+            # Loops that end together are tested together, the inner one first.
+            untested = [i for i in path if not loops[i].trips]
+            if untested:
+                loops[untested[-1]] = replace(loops[untested[-1]], trips=int(limit))
+    if any(loop.trips == 0 for loop in loops):
+        raise ScheduleError(f"the schedule of {kernel!r} has a loop without a constant limit")
+    return TpuSchedule(kernel=kernel, bundles=int(total[1]), loops=tuple(loops))
 
 
 def bundles_per_step(
-    schedule: TpuSchedule, *, steps: int, tiles: int, block_steps: int | None = None
+    schedule: TpuSchedule, *, steps: int, tiles: int, inner: bool = False
 ) -> float:
-    """Bundles for each time step and 128 channels of a kernel whose innermost loops share the work.
+    """Bundles for each time step and 128 channels.
 
     Args:
-      schedule: of the kernel; every innermost loop must run over the same steps and tiles.
-      steps: time steps of one iteration of an innermost loop.
-      tiles: groups of 128 channels that an iteration handles.
-      block_steps: time steps of one turn of the grid; given, what is outside the innermost loops
-        counts too, spread over them. That is an upper bound: parts of it run in the first or last
-        turn alone.
+      schedule: of a kernel whose grid has more than one turn.
+      steps: time steps of one turn of the grid.
+      tiles: groups of 128 channels that a turn handles.
+      inner: count the loops inside a turn alone, without its `outer_bundles`.
     """
-    per_step = sum(schedule.innermost) / (steps * tiles)
-    if block_steps is None:
-        return per_step
-    return per_step + schedule.block_bundles / (block_steps * tiles)
+    outer = 0 if inner else schedule.outer_bundles
+    return (schedule.inner_bundles + outer) / (steps * tiles)

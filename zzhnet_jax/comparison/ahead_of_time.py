@@ -140,7 +140,7 @@ def _gpu_row(found: GpuResources) -> AotRow:
 
 
 def _pallas_tpu(case: Case, gradients: bool, tpus: Sequence[str]) -> Iterator[AotRow]:
-    from zzhnet_jax.kernels.selective_scan.pallas_tpu_plan import STEPS, Plan
+    from zzhnet_jax.kernels.selective_scan.pallas_tpu_plan import Plan
 
     folder = _dump_folder()
     _, b, length, d, g, n = case.shape
@@ -152,13 +152,13 @@ def _pallas_tpu(case: Case, gradients: bool, tpus: Sequence[str]) -> Iterator[Ao
             path.unlink()
         compiled = compile_for(parse_target(text), program, *arguments)
         temporaries = compiled.memory_analysis().temp_size_in_bytes
-        for kernel in kernels:
+        for kernel, steps in zip(kernels, (plan.steps, plan.chunk), strict=False):
             schedule = read_schedule(folder, kernel)
             yield {
                 "target": text.partition(":")[0],
                 "kernel": kernel,
                 "bundles a step": round(
-                    bundles_per_step(schedule, steps=STEPS, tiles=plan.slots), 2
+                    bundles_per_step(schedule, steps=steps, tiles=plan.slots), 2
                 ),
                 "spills": sum(loop.spills for loop in schedule.loops),
                 "temp MB": round(temporaries / 1e6, 1),
