@@ -13,7 +13,10 @@ from .pallas_gpu_block import Operands
 from .pallas_gpu_forward import prepare
 from .partition import varying_alike
 
-TILE_STEPS = 64
+
+def heuristic_tile(n: int) -> Tile:
+    """The tile for n states; with more than one, 64 steps need more registers than there are."""
+    return Tile(64 if n == 1 else 32)
 
 
 class Launch(NamedTuple):
@@ -76,12 +79,12 @@ class Sizes(NamedTuple):
         """Blocks of channels of a group."""
         return pl.cdiv(self.d // self.groups, self.tile.channels or 1)
 
-    def over_tiles(self, kernel: Any, *outputs: jax.ShapeDtypeStruct) -> Launch:
-        """A call with a program a tile."""
+    def over_tiles(self, kernel: Any, *outputs: jax.ShapeDtypeStruct, warps: int = 4) -> Launch:
+        """A call with a program a tile, of so many warps unless the tile says how many."""
         constants = dict(L=self.length, D=self.d, N=self.n, G=self.groups)
         constants |= dict(T=self.tile.steps, BD=self.tile.channels) | self.flags
         grid = (self.tiles, self.groups * self.blocks, self.b)
-        return Launch(kernel, outputs, grid, constants, self.tile.warps or 4)
+        return Launch(kernel, outputs, grid, constants, self.tile.warps or warps)
 
     def over_channels(self, kernel: Any, *outputs: jax.ShapeDtypeStruct, backward: bool) -> Launch:
         """A call that combines tiles, with a program a block of channels and state."""
@@ -95,22 +98,22 @@ class Sizes(NamedTuple):
         return tuple(output(shape, jnp.float32, like=like) for shape in shapes)
 
 
-def tile_steps(length: int, tile: Tile | None) -> int:
+def tile_steps(length: int, n: int, tile: Tile | None) -> int:
     """Time steps of a tile, a power of two."""
-    return min(tile.steps if tile else TILE_STEPS, pl.next_power_of_2(length))
+    return min((tile or heuristic_tile(n)).steps, pl.next_power_of_2(length))
 
 
 def kept_states(length: int, d_state: int, tile: Tile | None) -> int:
     """States that are kept of a sequence; see `base.Kernel`."""
-    return pl.cdiv(length, tile_steps(length, tile))
+    return pl.cdiv(length, tile_steps(length, d_state, tile))
 
 
 def sizes(operands: Operands, tile: Tile | None, *, delta_softplus: bool, reverse: bool) -> Sizes:
-    """The sizes of a scan; 64 steps by 32 channels a tile unless given."""
+    """The sizes of a scan; 32 channels a tile unless given."""
     (b, length, d), n, groups = operands.u.shape, operands.A.shape[0], operands.B.shape[2]
-    _, channels, warps = tile or Tile(TILE_STEPS)
+    _, channels, warps = tile or heuristic_tile(n)
     channels = channels or min(32, pl.next_power_of_2(d // groups))
-    tile = Tile(tile_steps(length, tile), channels, warps)
+    tile = Tile(tile_steps(length, n, tile), channels, warps)
     flags = dict(SOFTPLUS=delta_softplus, REVERSE=reverse)
     return Sizes(b, length, d, n, groups, tile, flags)
 

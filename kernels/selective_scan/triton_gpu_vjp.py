@@ -57,7 +57,7 @@ def backward(
         *size.results(u, of_state, of_matrix, of_matrix, of_channel, of_channel),
     )
     inputs = (*x, kept, entering, y_gradient)
-    launch = size.over_tiles(kernels.gradients, *types)
+    launch = size.over_tiles(kernels.gradients, *types, warps=8)  # 4 would spill
     of_u, of_delta, of_A, of_B, of_C, of_D, of_bias = run(launch, *inputs)
 
     def summed(parts: Array) -> Float[Array, "b l g n"]:

@@ -98,16 +98,17 @@ def ends(
     group, channel, inside = channels(D, G, BD)
     row, k, valid = places(L, T, REVERSE)
     mask = valid[:, None] & inside[None]
-    tile = (row * D + channel)[None] + (k * D)[:, None]
+    tile = channel[None] + (k * D)[:, None]
+    here = row * D
     bias = tl.load(delta_bias + channel, inside, 0.0)
-    step = step_sizes(tl.load(delta + tile, mask, 0.0).to(tl.float32), bias, mask, SOFTPLUS)
-    driven = step * tl.load(u + tile, mask, 0.0).to(tl.float32)
+    step = step_sizes(tl.load(delta + here + tile, mask, 0.0).to(tl.float32), bias, mask, SOFTPLUS)
+    driven = step * tl.load(u + here + tile, mask, 0.0).to(tl.float32)
     after = tl.cumsum(moved(step, tl.zeros_like(bias), T, -1), 0, reverse=True)
     out = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(steps + out * D + channel, tl.sum(step, 0), inside)
     for n in range(N):
         a = tl.load(A + n * D + channel, inside, 0.0)
-        b = tl.load(B + (row * G + group) * N + k * (G * N) + n, valid, 0.0).to(tl.float32)
+        b = tl.load(B + (row * G + group) * N + n + k * (G * N), valid, 0.0).to(tl.float32)
         last = tl.sum(tl.exp(after * a[None]) * driven * b[:, None], 0)
         tl.store(state + (out * N + n) * D + channel, last, inside)
 
@@ -153,19 +154,20 @@ def outputs(
     group, channel, inside = channels(D, G, BD)
     row, k, valid = places(L, T, REVERSE)
     mask = valid[:, None] & inside[None]
-    tile = (row * D + channel)[None] + (k * D)[:, None]
-    x = tl.load(u + tile, mask, 0.0).to(tl.float32)
+    tile = channel[None] + (k * D)[:, None]
+    here = row * D
+    x = tl.load(u + here + tile, mask, 0.0).to(tl.float32)
     bias = tl.load(delta_bias + channel, inside, 0.0)
-    step = step_sizes(tl.load(delta + tile, mask, 0.0).to(tl.float32), bias, mask, SOFTPLUS)
+    step = step_sizes(tl.load(delta + here + tile, mask, 0.0).to(tl.float32), bias, mask, SOFTPLUS)
     driven = step * x
     total = x * tl.load(skip + channel, inside, 0.0)[None]
     this = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     for n in range(N):
         a = tl.load(A + n * D + channel, inside, 0.0)
-        matrix = (row * G + group) * N + k * (G * N) + n
-        b = tl.load(B + matrix, valid, 0.0).to(tl.float32)
-        c = tl.load(C + matrix, valid, 0.0).to(tl.float32)
+        matrix = (row * G + group) * N + n
+        b = tl.load(B + matrix + k * (G * N), valid, 0.0).to(tl.float32)
+        c = tl.load(C + matrix + k * (G * N), valid, 0.0).to(tl.float32)
         start = tl.load(starts + (this * N + n) * D + channel, inside, 0.0)
         after = states(tl.exp(step * a[None]), driven * b[:, None], start, T)
         total += c[:, None] * after
-    tl.store(y + tile, total.to(y.dtype.element_ty), mask)
+    tl.store(y + here + tile, total.to(y.dtype.element_ty), mask)

@@ -30,16 +30,17 @@ def adjoint_ends(
     group, channel, inside = channels(D, G, BD)
     row, k, valid = places(L, T, REVERSE)
     mask = valid[:, None] & inside[None]
-    tile = (row * D + channel)[None] + (k * D)[:, None]
+    tile = channel[None] + (k * D)[:, None]
+    here = row * D
     bias = tl.load(delta_bias + channel, inside, 0.0)
-    step = step_sizes(tl.load(delta + tile, mask, 0.0).to(tl.float32), bias, mask, SOFTPLUS)
-    dy = tl.load(of_y + tile, mask, 0.0).to(tl.float32)
+    step = step_sizes(tl.load(delta + here + tile, mask, 0.0).to(tl.float32), bias, mask, SOFTPLUS)
+    dy = tl.load(of_y + here + tile, mask, 0.0).to(tl.float32)
     so_far = tl.cumsum(step, 0)
     out = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(steps + out * D + channel, tl.sum(step, 0), inside)
     for n in range(N):
         a = tl.load(A + n * D + channel, inside, 0.0)
-        c = tl.load(C + (row * G + group) * N + k * (G * N) + n, valid, 0.0).to(tl.float32)
+        c = tl.load(C + (row * G + group) * N + n + k * (G * N), valid, 0.0).to(tl.float32)
         first = tl.sum(tl.exp(so_far * a[None]) * dy * c[:, None], 0)
         tl.store(passed + (out * N + n) * D + channel, first, inside)
 
@@ -61,11 +62,12 @@ def gradients(
     group, channel, inside = channels(D, G, BD)
     row, k, valid = places(L, T, REVERSE)
     mask = valid[:, None] & inside[None]
-    tile = (row * D + channel)[None] + (k * D)[:, None]
+    tile = channel[None] + (k * D)[:, None]
+    here = row * D
     bias = tl.load(delta_bias + channel, inside, 0.0)
-    step = step_sizes(tl.load(delta + tile, mask, 0.0).to(tl.float32), bias, mask, SOFTPLUS)
-    x = tl.load(u + tile, mask, 0.0).to(tl.float32)
-    dy = tl.load(of_y + tile, mask, 0.0).to(tl.float32)
+    step = step_sizes(tl.load(delta + here + tile, mask, 0.0).to(tl.float32), bias, mask, SOFTPLUS)
+    x = tl.load(u + here + tile, mask, 0.0).to(tl.float32)
+    dy = tl.load(of_y + here + tile, mask, 0.0).to(tl.float32)
     driven = step * x
     of_driven, of_step = tl.zeros_like(x), tl.zeros_like(x)
     batch = tl.program_id(2).to(tl.int64)
@@ -73,9 +75,9 @@ def gradients(
     part = (batch * tl.num_programs(1) + tl.program_id(1)) * N
     for n in range(N):
         a = tl.load(A + n * D + channel, inside, 0.0)
-        matrix = (row * G + group) * N + k * (G * N) + n
-        b = tl.load(B + matrix, valid, 0.0).to(tl.float32)
-        c = tl.load(C + matrix, valid, 0.0).to(tl.float32)
+        matrix = (row * G + group) * N + n
+        b = tl.load(B + matrix + k * (G * N), valid, 0.0).to(tl.float32)
+        c = tl.load(C + matrix + k * (G * N), valid, 0.0).to(tl.float32)
         edge = (this * N + n) * D + channel
         start = tl.load(starts + edge, inside, 0.0)
         later = tl.load(entering + edge, inside, 0.0)
@@ -87,15 +89,15 @@ def gradients(
         of_exponent = passed * moved(after, start, T, 1)
         of_driven += reaching * b[:, None]
         of_step += of_exponent * a[None]
-        time = (part + n) * L + (row - batch * L) + k
-        tl.store(of_B + time, tl.sum(reaching * driven, 1), valid)
-        tl.store(of_C + time, tl.sum(after * dy, 1), valid)
+        time = (part + n) * L + (row - batch * L)
+        tl.store(of_B + time + k, tl.sum(reaching * driven, 1), valid)
+        tl.store(of_C + time + k, tl.sum(after * dy, 1), valid)
         tl.store(of_A + edge, tl.sum(of_exponent * step, 0), inside)
     of_step += x * of_driven
     if SOFTPLUS:
-        of_step *= tl.sigmoid(tl.load(delta + tile, mask, 0.0).to(tl.float32) + bias[None])
+        of_step *= tl.sigmoid(tl.load(delta + here + tile, mask, 0.0).to(tl.float32) + bias[None])
     of_x = tl.load(skip + channel, inside, 0.0)[None] * dy + step * of_driven
-    tl.store(of_u + tile, of_x.to(of_u.dtype.element_ty), mask)
-    tl.store(of_delta + tile, of_step.to(of_delta.dtype.element_ty), mask)
+    tl.store(of_u + here + tile, of_x.to(of_u.dtype.element_ty), mask)
+    tl.store(of_delta + here + tile, of_step.to(of_delta.dtype.element_ty), mask)
     tl.store(of_D + this * D + channel, tl.sum(x * dy, 0), inside)
     tl.store(of_bias + this * D + channel, tl.sum(tl.where(mask, of_step, 0.0), 0), inside)

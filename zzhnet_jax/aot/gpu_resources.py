@@ -8,20 +8,26 @@ Both need the `triton` package (extra "triton"), whose wheel carries ptxas and c
 run. A spill is a value that did not fit the registers and goes through memory.
 """
 
-import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+
+from zzhnet_jax.kernels.selective_scan.base import Tile
 
 # Compute capabilities: A100, H100, B200.
 CAPABILITIES = (80, 90, 100)
 PALLAS_CALL = "__gpu$xla.gpu.triton"
+_MODULES = {"pallas_gpu": "pallas_gpu", "triton": "triton_gpu"}
+_TRITON_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,59 @@ class GpuResources:
     spill_bytes: int
     shared_bytes: int
     instructions: int
+
+
+def scan_resources(
+    implementation: Literal["pallas_gpu", "triton"],
+    operands: Sequence[Any],
+    *,
+    backward: bool,
+    capability: int,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+    tile: Tile | None = None,
+) -> tuple[GpuResources, ...]:
+    """Compiles every kernel of one half of a selective scan.
+
+    Args:
+      implementation: which.
+      operands: the eight operands of a scan, arrays or `jax.ShapeDtypeStruct`s or None.
+      backward: the half that gives the gradients, instead of the one that gives y.
+      capability: one of `CAPABILITIES`, or another that Triton knows.
+      delta_softplus: as in `selective_scan`.
+      reverse: as in `selective_scan`.
+      tile: block sizes, or None for the implementation's own choice.
+
+    Returns:
+      One entry a kernel call, in the order in which they run.
+    """
+    flags = dict(delta_softplus=delta_softplus, reverse=reverse, tile=tile)
+    halves = import_module(f"zzhnet_jax.kernels.selective_scan.{_MODULES[implementation]}")
+    half, arguments = partial(halves.forward, **flags), tuple(operands)
+    launches: list[tuple[Any, ...]] = []
+    if implementation == "triton":
+        half = partial(half, interpret=partial(_record, launches))
+    if backward:
+        y, state, kept = jax.eval_shape(half, *arguments)
+        launches.clear()
+        half, arguments = partial(halves.backward, **half.keywords), (*operands, kept, y, state)
+    if implementation == "pallas_gpu":
+        return pallas_resources(half, *arguments, capability=capability)
+    jax.eval_shape(half, *arguments)
+    return tuple(_compile_launch(*launch, capability=capability) for launch in launches)
+
+
+def _record(launches: list[tuple[Any, ...]], launch: Any, *inputs: Any) -> tuple[Any, ...]:
+    """Notes a call of a Triton kernel and makes results for it, in place of running it."""
+    launches.append((launch, [x.dtype.name for x in (*inputs, *launch.outputs)]))
+    return tuple(jnp.zeros(x.shape, x.dtype) for x in launch.outputs)
+
+
+def _compile_launch(launch: Any, dtypes: list[str], *, capability: int) -> GpuResources:
+    types = dict(zip(launch.kernel.arg_names, map(_TRITON_TYPES.__getitem__, dtypes), strict=False))
+    return triton_resources(
+        launch.kernel, types, launch.constants, warps=launch.warps, capability=capability
+    )
 
 
 def pallas_resources(
@@ -118,7 +177,7 @@ def triton_resources(
     return _resources(kernel.__name__, source, warps, stages, capability)
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def _compile_pallas(name: str, text: str, warps: int, stages: int, capability: int) -> GpuResources:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{name}.ttir")

@@ -1,0 +1,70 @@
+"""The Triton scan: values under Triton's interpreter, and machine code for three kinds of GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from zzhnet_jax.aot.gpu_resources import CAPABILITIES, scan_resources
+from zzhnet_jax.kernels.selective_scan.triton_gpu import unavailable, unsupported
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import gpu_cases  # noqa: E402
+
+
+def needs_triton():
+    pytest.importorskip("triton", reason='needs triton: pip install "zzhnet-jax[triton]"')
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Errors of every case, from one process: the interpreter is chosen before Triton's import."""
+    needs_triton()
+    pytest.importorskip("torch", reason="Triton's interpreter needs torch")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(HERE / "triton_on_cpu.py"), *gpu_cases.CASES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    return {item["case"]: item["errors"] for item in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", gpu_cases.CASES)
+def test_values_and_gradients(case, interpreted):
+    gpu_cases.assert_small(interpreted[case], gpu_cases.CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d_state", [1, 16, 64])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_machine_code_without_spills(capability, d_state):
+    needs_triton()
+    operands = gpu_cases.operand_types(n=d_state)
+    for backward in (False, True):
+        kernels = scan_resources("triton", operands, backward=backward, capability=capability)
+        assert len(kernels) == 3
+        assert {x.kernel: x.spill_bytes for x in kernels if x.spill_bytes} == {}
+        assert max(x.shared_bytes for x in kernels) <= 48 * 1024
+
+
+def test_what_it_cannot_take():
+    operands = gpu_cases.operand_types(n=3)
+    assert unsupported(*operands) is None
+    assert "65" in unsupported(*gpu_cases.operand_types(n=65))
+    wide = (*operands[:5], jax.ShapeDtypeStruct((96,), jnp.float64), None, None)
+    assert "float64" in unsupported(*wide)
+
+
+def test_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "zzhnet-jax[triton]" in unavailable()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert "CUDA" in unavailable()
