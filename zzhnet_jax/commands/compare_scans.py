@@ -101,7 +101,12 @@ def main(argv: Sequence[str]) -> int:
     console.print(f"memory bandwidth {bandwidth:.1f} GB/s (stream triad)", highlight=False)
     console.print(f"\n{TOLERANCE}\n\n{LEGEND}\n", highlight=False, soft_wrap=True, markup=False)
 
-    comparer = Comparer(names, gradients=arguments.grad, repeats=arguments.repeats)
+    comparer = Comparer(
+        names,
+        gradients=arguments.grad,
+        repeats=arguments.repeats,
+        patient=bool(arguments.implementations),
+    )
     comparisons = []
     with _status() as tell:
         for name, make in makers:

@@ -38,6 +38,8 @@ class Case:
       note: what is hard about it.
       delta_softplus: the scan's flag.
       recorded: results of another program on the same arguments, by its name.
+      slow: implementations that take very long on this case, with the reason; they are left out
+        unless somebody names them.
     """
 
     shape: ScanShape
@@ -47,6 +49,7 @@ class Case:
     note: str = ""
     delta_softplus: bool = True
     recorded: Mapping[str, "Recorded"] = field(default_factory=dict)
+    slow: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ _SMALL = ScanShape("", 2, 1024, 32, 4, 4)
 
 def _very_long() -> Case:
     shape = ScanShape("very_long", 1, 2**20, 8, 1, 1)
-    return make_case(shape, note="2^20 steps")
+    reason = "its gradient takes minutes to compile; name it in --implementations to have it"
+    return make_case(shape, note="2^20 steps", slow={"associative": reason})
 
 
 def _large_delta() -> Case:

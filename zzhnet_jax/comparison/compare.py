@@ -74,6 +74,7 @@ class Comparer:
       gradients: also compare and time gradients.
       repeats: timed runs of each program, at most.
       seconds: after this long no further round of timed runs begins.
+      patient: also run what a case says is slow.
     """
 
     def __init__(
@@ -82,10 +83,12 @@ class Comparer:
         *,
         gradients: bool,
         repeats: int = 7,
-        seconds: float = 2.0,
+        seconds: float = 1.0,
+        patient: bool = False,
     ) -> None:
         self.implementations = tuple(implementations)
         self.gradients, self.repeats, self.seconds = gradients, repeats, seconds
+        self.patient = patient
         self._programs: dict[tuple[Any, ...], Program] = {}
 
     def compare(self, case: Case) -> Comparison:
@@ -122,7 +125,7 @@ class Comparer:
           UnavailableError: it cannot run here, cannot take these arguments, or needs more memory
             than is free.
         """
-        if reason := why_not(name, case):
+        if reason := why_not(name, case) or (None if self.patient else case.slow.get(name)):
             raise UnavailableError(reason)
         key = (name, case.shape[1:], case.dtype, case.delta_softplus, *sorted(case.arguments))
         found = []

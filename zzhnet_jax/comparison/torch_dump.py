@@ -25,7 +25,7 @@ def read_torch_dump(path: Path) -> list[Case]:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         meta = json.loads(str(arrays.pop("meta", "{}")))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({error}); {_remedy()}") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{path}: not a file of recorded scans; {_remedy()}")
