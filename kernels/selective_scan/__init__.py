@@ -2,6 +2,7 @@
 
 from .api import available_implementations, selective_scan, selective_scan_step
 from .base import ShapeError, Tile, UnavailableError
+from .mesh_split import split_over
 
 __all__ = [
     "ShapeError",
@@ -10,4 +11,5 @@ __all__ = [
     "available_implementations",
     "selective_scan",
     "selective_scan_step",
+    "split_over",
 ]

@@ -5,40 +5,43 @@ devices. But every scan is independent of the others in batch and in groups of c
 
     gradient   a custom VJP of the two halves of a `Kernel`
     vmap       folded into the batch if only sequences are mapped, else into channels and groups
-    a mesh     batch split as u's batch, channels as u's channels, everything else whole; gradients
-               of what devices share are summed over them
+    a mesh     batch and channels are split, everything else is whole on every device; gradients of
+               what devices share are summed over them
 
-The mesh is known only when XLA splits the program, after tracing: `custom_partitioning` calls back
-then, with the shardings that Shardy propagated by the rule given here. On one device, and inside
-`shard_map`, nothing of it remains in the program.
+The mesh is known only when the program is lowered. XLA then calls back, when it has propagated
+shardings by the rule of `mesh_split`; except on TPUs, where the half becomes a `shard_map` over the
+axes that `split_over` declares. On one device, and inside `shard_map`, nothing of it remains.
 """
 
-import math
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from .base import Kernel, KernelScan, Tile, state_dtype
 from .deferred import deferred
+from .mesh_split import (
+    AXES,
+    OPERANDS,
+    MeshAxes,
+    Split,
+    axes_of,
+    declared_axes,
+    guess_axes,
+    plan_split,
+    sharding_rule,
+)
 
 Arrays = dict[str, Array]
 
-OPERANDS = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
-
-# The axes of each array, also of its gradient. `kept` has axes of its own between these two.
-_AXES = {
-    **{"u": "bld", "delta": "bld", "A": "dn", "B": "blgn", "C": "blgn", "D": "d"},
-    **{"delta_bias": "d", "initial_state": "bdn", "y": "bld", "state": "bdn", "kept": "bd"},
-}
 _SHARED_BY_BATCH = ("A", "D", "delta_bias")
 
 
@@ -120,8 +123,8 @@ class _Half:
 
     def __call__(self, arrays: Arrays) -> Arrays:
         """Runs it; what the kernel does is traced only when the program is lowered."""
-        results = self._results(arrays)
-        body = _Body(self, tuple(arrays), tuple(results))
+        results = self.results(arrays)
+        body = _Body(self, tuple(arrays), tuple(results), declared_axes())
         values = deferred(body, list(results.values()), *arrays.values())
         return dict(zip(results, values, strict=True))
 
@@ -135,7 +138,16 @@ class _Half:
         gradients = self.kernel.backward(*operands, *rest, **dict(self.flags))
         return {k: x for k, x in zip(OPERANDS, gradients, strict=True) if x is not None}
 
-    def _results(self, arrays: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
+    def total(self, split: Split, name: str, x: Array) -> Array:
+        """The sum of a gradient over the devices that share its operand; other results as given."""
+        if not self.backward:
+            return x
+        shared = () if "b" in AXES[name] else split.batch
+        if "g" in AXES[name]:
+            shared += split.within
+        return lax.psum(x, shared) if shared else x
+
+    def results(self, arrays: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the results."""
         if self.backward:
             given = {k: arrays[k] for k in OPERANDS if k in arrays}
@@ -158,12 +170,35 @@ class _Body:
     half: _Half
     names: tuple[str, ...]
     results: tuple[str, ...]
+    axes: MeshAxes | None
 
     def __call__(self, *values: Array) -> list[Array]:
         arrays = dict(zip(self.names, values, strict=True))
         results = self.half.run(arrays)
         dtypes = arrays if self.half.backward else {"y": arrays["u"]}
         return [results[k].astype(dtypes.get(k, results[k]).dtype) for k in self.results]
+
+    def over(self, mesh: Mesh) -> Callable[..., list[Array]]:
+        """The same, split over a mesh."""
+
+        def run(*values: Array) -> list[Array]:
+            arrays = dict(zip(self.names, values, strict=True))
+            axes = self.axes or guess_axes(mesh, arrays["u"].shape[0])
+            split = plan_split(mesh, axes, arrays)
+
+            def local(*values: Array) -> list[Array]:
+                parts = zip(self.results, self(*values), strict=True)
+                return [self.half.total(split, k, x) for k, x in parts]
+
+            return jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=tuple(split.sharding(k).spec for k in self.names),
+                out_specs=[split.sharding(k).spec for k in self.results],
+                check_vma=False,
+            )(*values)
+
+        return run
 
 
 def _call(half: _Half, arrays: Arrays) -> Arrays:
@@ -187,22 +222,15 @@ def _call(half: _Half, arrays: Arrays) -> Arrays:
     return run(arrays)
 
 
-def _axes(name: str, ndim: int) -> str:
-    """One letter an axis; digits for the axes of `kept` that nothing else has."""
-    if name != "kept":
-        return _AXES[name]
-    return "b" + "0123456789"[: ndim - 2] + "d"
-
-
-def _axis_of(name: str, ndim: int, letters: str) -> int | None:
+def _axis_of(name: str, letters: str) -> int | None:
     """The axis that one of the letters names, counted from the end."""
-    found = [i for i, letter in enumerate(_axes(name, ndim)) if letter in letters]
-    return found[0] - ndim if found else None
+    found = [i for i, letter in enumerate(AXES[name]) if letter in letters]
+    return found[0] - len(AXES[name]) if found else None
 
 
 def _fold(x: Array, name: str, letters: str, size: int, batched: bool) -> Array:
     """Merges a mapped axis, the first, into the axis that one of the letters names."""
-    axis = _axis_of(name, x.ndim - batched, letters)
+    axis = _axis_of(name, letters)
     if axis is None:
         return x
     if not batched:
@@ -214,7 +242,7 @@ def _fold(x: Array, name: str, letters: str, size: int, batched: bool) -> Array:
 
 def _unfold(x: Array, name: str, letters: str, size: int) -> Array:
     """Undoes `_fold`."""
-    axis = _axis_of(name, x.ndim, letters)
+    axis = _axis_of(name, letters)
     if axis is None:
         raise AssertionError(f"{name} is shared by the mapped calls")
     axis += x.ndim
@@ -223,126 +251,31 @@ def _unfold(x: Array, name: str, letters: str, size: int) -> Array:
 
 
 def _partitioned(half: _Half, arrays: Arrays) -> Arrays:
-    """Runs a half, split over the mesh if XLA is about to split the program."""
+    """Runs a half, split over the mesh if XLA is about to split the program.
+
+    On TPUs XLA never calls back (jax-ml/jax#38196); there `deferred` splits it, as declared.
+    """
 
     def run(arrays: Arrays) -> Arrays:
         return half(arrays)
 
     def partition(mesh: Mesh, operands: tuple[Any], results: Any) -> tuple[Any, ...]:
         (structs,) = operands
-        split = _split(mesh, structs)
+        split = plan_split(mesh, axes_of(mesh, structs["u"]), structs)
 
         def local(arrays: Arrays) -> Arrays:
-            return {k: _total(half, split, k, x) for k, x in half(arrays).items()}
+            return {k: half.total(split, k, x) for k, x in half(arrays).items()}
 
         def shardings(structs: dict[str, Any]) -> dict[str, NamedSharding]:
-            return {k: split.sharding(k, x.ndim) for k, x in structs.items()}
+            return {k: split.sharding(k) for k in structs}
 
         return mesh, local, shardings(results), (shardings(structs),)
 
-    wrapped = custom_partitioning(run)
-    wrapped.def_partition(
+    by_xla = custom_partitioning(run)
+    rule = sharding_rule(arrays, half.results(arrays))
+    by_xla.def_partition(
         partition=partition,
-        sharding_rule=partial(_rule, half, arrays),
+        sharding_rule=lambda *_: rule,
         decode_shardings=False,  # decoding fails where Shardy splits a mesh axis, as B's may be
     )
-    return wrapped(arrays)
-
-
-def _rule(half: _Half, arrays: Arrays, mesh: Mesh, _: Any, results: Any) -> tuple[str, dict]:
-    """Shardy's rule for a half: batch and channels may be split, the other axes may not.
-
-    Channels are groups x channels of a group where there are several of both.
-    """
-    groups = arrays["B"].shape[2]
-    of_group = arrays["u"].shape[2] // groups
-    both = groups > 1 and of_group > 1
-    channels = "(g p)" if both else "g" if groups > 1 else "p"
-    factors = {"d": channels, "g": "g" if groups > 1 else "one"}
-
-    def describe(name: str, ndim: int) -> str:
-        return " ".join(factors.get(x, f"k{x}" if x.isdigit() else x) for x in _axes(name, ndim))
-
-    names = [k for k in OPERANDS if k in arrays] if half.backward else ["y", "state", "kept"]
-    left = ", ".join(describe(k, arrays[k].ndim) for k in sorted(arrays))
-    right = [describe(k, len(t.shape)) for k, t in zip(sorted(names), results, strict=True)]
-    text = f"{left} -> {', '.join(right)}"
-    # Shardy wants them in the order in which they first appear.
-    in_order = dict.fromkeys(re.findall(r"\w+", text))
-    whole = tuple(x for x in in_order if x not in ("b", "g", "p"))
-    sizes = {"p": of_group} if both else {}  # a size is given where no axis has it
-    return text, sizes | {"need_replication_factors": whole}
-
-
-@dataclass(frozen=True)
-class _Split:
-    """Mesh axes over which a scan is split.
-
-    Attributes:
-      mesh: the mesh.
-      batch: axes that split the batch.
-      groups: axes that split channels into whole groups.
-      within: axes that split further the channels of one group, who share its B and C.
-    """
-
-    mesh: Mesh
-    batch: tuple[str, ...]
-    groups: tuple[str, ...]
-    within: tuple[str, ...]
-
-    def sharding(self, name: str, ndim: int) -> NamedSharding:
-        """How an array lies on the mesh."""
-        of_letter = {"b": self.batch, "d": self.groups + self.within, "g": self.groups}
-        spec = (of_letter.get(letter) or None for letter in _axes(name, ndim))
-        return NamedSharding(self.mesh, PartitionSpec(*spec))
-
-
-def _split(mesh: Mesh, structs: dict[str, Any]) -> _Split:
-    """Follows u, as far as all devices get equally much and whole groups, or parts of one each."""
-    u, groups = structs["u"], structs["B"].shape[2]
-    batch, _, channels = _axes_of_mesh(mesh, u)
-
-    def parts(axes: tuple[str, ...]) -> int:
-        return math.prod(mesh.shape[x] for x in axes)
-
-    while u.shape[0] % parts(batch):
-        batch = batch[:-1]
-    while u.shape[2] % parts(channels):
-        channels = channels[:-1]
-    whole = next(i for i in range(len(channels), -1, -1) if groups % parts(channels[:i]) == 0)
-    if parts(channels[:whole]) < groups:
-        return _Split(mesh, batch, channels[:whole], ())
-    return _Split(mesh, batch, channels[:whole], channels[whole:])
-
-
-def _axes_of_mesh(mesh: Mesh, struct: Any) -> list[tuple[str, ...]]:
-    """For each axis of an array, the mesh axes that split it, major first; none if it is odd.
-
-    XLA tells only which device holds what: a mesh axis splits the array's axis along which a step
-    on the mesh moves the slice, the major one moving it furthest.
-    """
-    held = struct.sharding.devices_indices_map(struct.shape)
-    starts = np.vectorize(lambda x: tuple(s.start or 0 for s in held[x]), otypes=[object])
-    split: list[list[tuple[int, str]]] = [[] for _ in struct.shape]
-    for name in mesh.axis_names:
-        if mesh.shape[name] == 1:
-            continue
-        two = [mesh.devices[tuple(i * (x == name) for x in mesh.axis_names)] for i in (0, 1)]
-        for axis, (here, there) in enumerate(zip(*starts(np.array(two)), strict=True)):
-            if there != here:
-                split[axis].append((there - here, name))
-    axes = [tuple(name for _, name in sorted(found, reverse=True)) for found in split]
-    whole_axes = NamedSharding(mesh, PartitionSpec(*(x or None for x in axes)))
-    equal = whole_axes.is_equivalent_to(struct.sharding, len(struct.shape))
-    return axes if equal else [()] * len(axes)
-
-
-def _total(half: _Half, split: _Split, name: str, x: Array) -> Array:
-    """The sum of a gradient over the devices that share its operand; other results as they are."""
-    if not half.backward:
-        return x
-    letters = _axes(name, x.ndim)
-    shared = () if "b" in letters else split.batch
-    if "g" in letters:
-        shared += split.within
-    return jax.lax.psum(x, shared) if shared else x
+    return lax.platform_dependent(arrays, tpu=run, default=by_xla)
