@@ -27,6 +27,14 @@ def test_values_and_gradients(case):
     gpu_cases.assert_small(gpu_cases.errors(interpreted, case, tile=gpu_cases.TILE), case)
 
 
+@pytest.mark.parametrize("name", gpu_goldens.GOLDENS)
+def test_goldens(name):
+    if gpu_goldens.GOLDENS[name] is None:
+        pytest.skip(f"{name}.npz: set ZZHNET_GOLDENS to the folder with the reference arrays")
+    excess = gpu_goldens.excess(interpreted, name)
+    assert {k: x for k, x in excess.items() if not x <= 1} == {}
+
+
 @pytest.mark.parametrize("enough", [1, 12])
 def test_segments_of_several_chunks(enough, monkeypatch):
     """With one segment, and with segments of two chunks whose last reaches past the end."""

@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import gpu_cases  # noqa: E402
+import gpu_goldens  # noqa: E402
 
 
 def needs_triton():
@@ -29,7 +30,8 @@ def interpreted():
     needs_triton()
     pytest.importorskip("torch", reason="Triton's interpreter needs torch")
     environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(HERE / "triton_on_cpu.py"), *gpu_cases.CASES]
+    names = [*gpu_cases.CASES, *(k for k, v in gpu_goldens.GOLDENS.items() if v)]
+    command = [sys.executable, str(HERE / "triton_on_cpu.py"), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     found = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
@@ -40,6 +42,14 @@ def interpreted():
 @pytest.mark.parametrize("case", gpu_cases.CASES)
 def test_values_and_gradients(case, interpreted):
     gpu_cases.assert_small(interpreted[case], gpu_cases.CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gpu_goldens.GOLDENS)
+def test_goldens(name, interpreted):
+    if gpu_goldens.GOLDENS[name] is None:
+        pytest.skip(f"{name}.npz: set ZZHNET_GOLDENS to the folder with the reference arrays")
+    assert {k: x for k, x in interpreted[name].items() if not x <= 1} == {}
 
 
 @pytest.mark.slow

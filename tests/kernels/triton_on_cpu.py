@@ -4,7 +4,7 @@ A program of its own, for the interpreter is chosen when a kernel's module is im
 
     TRITON_INTERPRET=1 python triton_on_cpu.py CASE ...
 
-Prints one line of JSON a case: the largest error of each result, relative to max|oracle|.
+Prints one line of JSON a case: the errors of `gpu_cases.errors`, or `gpu_goldens.excess`.
 """
 
 import json
@@ -20,6 +20,7 @@ import triton.runtime.interpreter as interpreter
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_cases import CASES, TILE, errors
+from gpu_goldens import excess
 
 from zzhnet_jax.kernels.selective_scan.triton_gpu import triton_scan
 
@@ -63,7 +64,10 @@ def run_on_cpu(launch, *inputs):
 def main(names):
     interpreter.ScanOps.generic_scan = scan_by_rows
     for name in names:
-        found = errors(triton_scan, CASES[name], tile=TILE, interpret=run_on_cpu)
+        if name in CASES:
+            found = errors(triton_scan, CASES[name], tile=TILE, interpret=run_on_cpu)
+        else:
+            found = excess(triton_scan, name, interpret=run_on_cpu)
         print(json.dumps({"case": name, "errors": found}), flush=True)
 
 
