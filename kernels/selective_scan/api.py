@@ -64,6 +64,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "chunked": Implementation(_chunked, tiled=True),
     "pallas_tpu": _kernel("pallas_tpu", "pallas_tpu_scan"),
     "pallas_gpu": _kernel("pallas_gpu", "pallas_gpu_scan"),
+    "triton": _kernel("triton_gpu", "triton_scan"),
 }
 
 
