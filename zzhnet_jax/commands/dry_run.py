@@ -19,6 +19,7 @@ from zzhnet_jax.aot.targets import parse_target
 from zzhnet_jax.training.config import ExperimentConfig
 from zzhnet_jax.training.program import Program
 from zzhnet_jax.training.sharding import make_mesh
+from zzhnet_jax.training.state import Build
 
 _WIDTH = 100
 
@@ -79,12 +80,13 @@ class DryRun:
         }
 
 
-def dry_run(config: ExperimentConfig, target: str | None) -> DryRun:
+def dry_run(config: ExperimentConfig, target: str | None, *, build: Build | None = None) -> DryRun:
     """Compiles an experiment's training step from shapes alone; reads no data, allocates nothing.
 
     Args:
       config: the experiment.
       target: accelerators as `parse_target` reads them; the devices that are here if None.
+      build: makes the network; that of `config.model` if None.
 
     Raises:
       TargetError: no such target, or its compiler is not installed.
@@ -92,7 +94,7 @@ def dry_run(config: ExperimentConfig, target: str | None) -> DryRun:
     """
     chosen = None if target is None else parse_target(target)
     mesh = make_mesh(config.mesh, devices=jax.devices() if chosen is None else chosen.devices)
-    program = Program(config, mesh)
+    program = Program(config, mesh, build)
     began = time.perf_counter()
     # Kernels for a device that is not there ask the mesh what it is.
     with jax.set_mesh(mesh):
