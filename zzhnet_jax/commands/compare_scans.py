@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from rich.console import Console
 
-from zzhnet_jax.comparison.ahead_of_time import compile_ahead
+from zzhnet_jax.comparison.ahead_of_time import AotRow, compile_ahead
 from zzhnet_jax.comparison.cases import HARD_CASES, Case, make_case
-from zzhnet_jax.comparison.compare import Comparer, check_names
+from zzhnet_jax.comparison.compare import Comparer, Comparison, check_names
 from zzhnet_jax.comparison.plot import draw_sweep
 from zzhnet_jax.comparison.report import Report, environment, to_json, to_markdown
 from zzhnet_jax.comparison.shapes import parse_shapes
@@ -118,10 +118,10 @@ def main(argv: Sequence[str]) -> int:
         if arguments.plot is not None:
             like = comparisons[0].case
             sweep = sweep_lengths(comparer, like.shape, like.dtype, each=tell)
-        compiled = []
-        for comparison in comparisons if arguments.aot else ():
-            tell(f"{comparison.case.shape.name}, ahead of time")
-            compiled += compile_ahead(comparison.case, names, gradients=arguments.grad)
+        compiled: list[AotRow] = []
+        for case in _to_compile(comparisons) if arguments.aot else ():
+            tell(f"{case.shape.name}, ahead of time")
+            compiled += compile_ahead(case, names, gradients=arguments.grad)
     report = Report(comparisons, bandwidth, sweep, compiled)
     longest = max(comparisons, key=lambda comparison: comparison.case.shape.length)
     if any(row.growth for row in longest.rows):
@@ -150,6 +150,15 @@ def _cases(arguments: CompareArguments) -> list[tuple[str, Callable[[], Case]]]:
     if not found:
         raise ConfigError("--cases", "", "at least one case where no shape is given")
     return found
+
+
+def _to_compile(comparisons: Sequence[Comparison]) -> list[Case]:
+    """Cases to compile ahead of time: those of given shapes; hard ones where there are no others.
+
+    What is hard about a case does not show in a compiled program.
+    """
+    cases = [comparison.case for comparison in comparisons]
+    return [case for case in cases if case.shape.name not in HARD_CASES] or cases
 
 
 @contextmanager

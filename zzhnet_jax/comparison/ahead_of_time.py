@@ -7,6 +7,7 @@ schedule say what a kernel costs, interpret modes and real devices say that it i
 import functools
 import importlib.util
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -152,6 +153,7 @@ def _pallas_tpu(case: Case, gradients: bool, tpus: Sequence[str]) -> Iterator[Ao
             path.unlink()
         compiled = compile_for(parse_target(text), program, *arguments)
         temporaries = compiled.memory_analysis().temp_size_in_bytes
+        text_of_program = compiled.as_text()
         for kernel, steps in zip(kernels, (plan.steps, plan.chunk), strict=False):
             schedule = read_schedule(folder, kernel)
             yield {
@@ -160,9 +162,18 @@ def _pallas_tpu(case: Case, gradients: bool, tpus: Sequence[str]) -> Iterator[Ao
                 "bundles a step": round(
                     bundles_per_step(schedule, steps=steps, tiles=plan.slots), 2
                 ),
+                "VMEM kB": round(_vmem_bytes(text_of_program, kernel) / 1e3),
                 "spills": sum(loop.spills for loop in schedule.loops),
                 "temp MB": round(temporaries / 1e6, 1),
             }
+
+
+def _vmem_bytes(program: str, kernel: str) -> int:
+    """VMEM that a kernel's blocks and scratch take, from the text of the compiled program."""
+    calls = (line for line in program.splitlines() if "custom-call(" in line)
+    own = next(line for line in calls if re.match(rf"\s*(ROOT )?%{kernel}(\.\d+)? =", line))
+    used = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', own)
+    return sum(int(size) for size in re.findall(r'"size":"(\d+)"', used[1])) if used else 0
 
 
 @functools.cache
