@@ -5,18 +5,21 @@ images and channels are independent of each other. Mapped calls are folded into 
 take parts of the batch or of the channels.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from ..selective_scan.deferred import deferred
+from ..selective_scan.mesh_split import MeshAxes, declared_axes, guess_axes
 from ..selective_scan.partition import varying_alike
 from .frame import ROUTES, Frame, arrange, join_routes, vmem_capacity
 from .fused_tpu import forward
@@ -112,11 +115,11 @@ class _Options:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(options: _Options, *operands: Array) -> Float[Array, "b h w d"]:
-    return _call(_Half(options, False), *operands)[0]
+    return _call(_Half(options, False, declared_axes()), *operands)[0]
 
 
 def _scan_forward(options: _Options, *operands: Array) -> tuple[Array, tuple[Array, ...]]:
-    y, starts = _call(_Half(options, False), *operands)
+    y, starts = _call(_Half(options, False, declared_axes()), *operands)
     return y, (*operands, starts)
 
 
@@ -124,7 +127,9 @@ def _scan_backward(
     options: _Options, residuals: tuple[Array, ...], y_gradient: Float[Array, "b h w d"]
 ) -> tuple[Array, ...]:
     n = residuals[2].shape[2]
-    u, delta, matrices, weights, direct = _call(_Half(options, True), *residuals, y_gradient)
+    u, delta, matrices, weights, direct = _call(
+        _Half(options, True, declared_axes()), *residuals, y_gradient
+    )
     weights, direct = jnp.sum(weights, 0), jnp.sum(direct, 0)
     A, delta_bias = weights[:, :n].swapaxes(1, 2), weights[:, n]
     D = jnp.broadcast_to(direct, delta_bias.shape)
@@ -139,10 +144,16 @@ class _Half:
     """The forward or the backward half of the kernel, as a function from arrays to arrays.
 
     Gradients of what images share are given for each image.
+
+    Attributes:
+      options: what is fixed at trace time.
+      backward: which half.
+      mesh_axes: over which axes of a mesh to split it, if that is declared.
     """
 
     options: _Options
     backward: bool
+    mesh_axes: MeshAxes | None
 
     @property
     def axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -182,13 +193,46 @@ class _Half:
         matrices = of.matrices.reshape(*image[:3], ROUTES, -1)
         return [of.u.reshape(image), join_routes(frame, of.delta), matrices, of.weights, of.direct]
 
+    def over(self, mesh: Mesh) -> Callable[..., list[Array]]:
+        """The same, split over a mesh: devices take parts of the batch and of the channels."""
+        operands, results = self.axes
+
+        def run(*arrays: Array) -> list[Array]:
+            b, _, _, d = arrays[0].shape
+            axes = self.mesh_axes or guess_axes(mesh, b)
+            parts = {"b": _dividing(b, axes.batch, mesh), "d": _dividing(d, axes.channels, mesh)}
+
+            def spec(letters: str) -> PartitionSpec:
+                return PartitionSpec(*(parts.get(x) or None for x in letters))
+
+            def local(*arrays: Array) -> list[Array]:
+                found = zip(self(*arrays), results, strict=True)
+                if not parts["d"]:
+                    return [x for x, _ in found]
+                return [x if "d" in letters else lax.psum(x, parts["d"]) for x, letters in found]
+
+            in_specs, out_specs = tuple(map(spec, operands)), list(map(spec, results))
+            split = jax.shard_map(
+                local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            )
+            return split(*arrays)
+
+        return run
+
+
+def _dividing(size: int, axes: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
+    """As many of the first axes as divide the size."""
+    while size % math.prod(mesh.shape[x] for x in axes):
+        axes = axes[:-1]
+    return axes
+
 
 def _call(half: _Half, *arrays: Array) -> list[Array]:
-    """Runs a half under whatever `vmap` and mesh there are; traces it only when lowered."""
+    """Runs a half under whatever `vmap` there is; it is traced only when lowered, then split."""
 
     @custom_vmap
     def run(*arrays: Array) -> list[Array]:
-        return _partitioned(half, *arrays)
+        return deferred(half, half.results(*arrays), *arrays)
 
     @run.def_vmap
     def mapped(size: int, batched: list[bool], *arrays: Array) -> tuple[list[Array], list[bool]]:
@@ -199,7 +243,7 @@ def _call(half: _Half, *arrays: Array) -> list[Array]:
                 pairs = zip(arrays, batched, strict=True)
                 return _call(half, *(x[i] if is_batched else x for x, is_batched in pairs))
 
-            return jax.lax.map(one, jnp.arange(size)), every
+            return lax.map(one, jnp.arange(size)), every
         folded = []
         for i, (x, is_batched) in enumerate(zip(arrays, batched, strict=True)):
             if i not in _WEIGHTS:
@@ -209,37 +253,3 @@ def _call(half: _Half, *arrays: Array) -> list[Array]:
         return [x.reshape(size, -1, *x.shape[1:]) for x in _call(half, *folded)], every
 
     return run(*arrays)
-
-
-def _partitioned(half: _Half, *arrays: Array) -> list[Array]:
-    """Runs a half, split over the mesh if XLA is about to split the program."""
-    operands, results = half.axes
-
-    def run(*arrays: Array) -> list[Array]:
-        return deferred(half, half.results(*arrays), *arrays)
-
-    def partition(mesh: Mesh, structs: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
-        spec = (*structs[0].sharding.spec, None, None, None, None)
-        of_letter = {"b": spec[0], "d": spec[3]}
-
-        def sharding(axes: str) -> NamedSharding:
-            return NamedSharding(mesh, PartitionSpec(*(of_letter.get(x) for x in axes)))
-
-        def local(*arrays: Array) -> list[Array]:
-            found = half(*arrays)
-            over = of_letter["d"]
-            if over is None:
-                return found
-            pairs = zip(found, results, strict=True)
-            return [x if "d" in axes else jax.lax.psum(x, over) for x, axes in pairs]
-
-        return mesh, local, [sharding(x) for x in results], tuple(sharding(x) for x in operands)
-
-    def rule(*_: Any) -> tuple[str, dict[str, Any]]:
-        text = f"{', '.join(map(' '.join, operands))} -> {', '.join(map(' '.join, results))}"
-        letters = dict.fromkeys("".join(operands) + "".join(results))
-        return text, {"need_replication_factors": tuple(x for x in letters if x not in "bd")}
-
-    wrapped = custom_partitioning(run)
-    wrapped.def_partition(partition=partition, sharding_rule=rule)
-    return wrapped(*arrays)
