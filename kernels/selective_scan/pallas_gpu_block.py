@@ -25,8 +25,8 @@ from jaxtyping import Array, Float
 from .base import Tile, output, step_size
 
 THREADS = 32  # of a warp
-# A GPU of 100 to 150 multiprocessors needs some 8 warps on each to hide the time memory takes.
-ENOUGH_WARPS = 1024
+# A GPU of 100 to 150 multiprocessors needs some 15 warps on each to hide the time memory takes.
+ENOUGH_WARPS = 2048
 
 
 class Operands(NamedTuple):
@@ -122,7 +122,7 @@ def make_plan(
 
 def chunk_steps(n: int) -> int:
     """Time steps of a chunk: what the registers of a thread hold beside n states."""
-    return 16 if n <= 2 else 8 if n <= 32 else 4
+    return 8 if n <= 32 else 4
 
 
 class Block:
