@@ -171,8 +171,24 @@ def _kernel(
             driven.put_slot(block.clear(drive, slot, start), slot, start)
         matrices.spread(block, matrices_ref, first, start, count)
 
+    def finish(block: Block, group: Array) -> None:
+        """Writes y of 8 steps."""
+        start = group * SUBLANES
+        for slot in range(plan.slots):
+            sequence, lanes = block.lanes(slot)
+            direct = D_ref[:, lanes] * block.vector(u_ref, slot, start, SUBLANES)
+            total = y.by_slot(slot, start, SUBLANES) + direct
+            y_ref[sequence, block.rows(start, SUBLANES), lanes] = total.astype(y_ref.dtype)
+
     def advance(block: Block, first: int, group: Array) -> None:
-        """Eight steps of a set of states; y is summed over the sets."""
+        """Eight steps of a set of states; y is summed over the sets.
+
+        Beside them, y of the 8 steps before is written. The first 8 of a chunk have none before
+        them: they write what is in the buffer to their own place, and the next 8 correct it.
+        """
+        if first + plan.set_states == plan.states:
+            before = group + (1 if plan.reverse else -1)
+            finish(block, jnp.clip(before, 0, block.groups - 1))
 
         def one(row: int | Array, h: Set) -> Set:
             size, drive = step.by_step(row, group), driven.by_step(row, group)
@@ -191,14 +207,6 @@ def _kernel(
 
         store_set(sweep(block, one, load_set(block, state, first)), state, first)
 
-    def finish(block: Block, start: Array, count: int) -> None:
-        """Writes y of some steps."""
-        for slot in range(plan.slots):
-            sequence, lanes = block.lanes(slot)
-            direct = D_ref[:, lanes] * block.vector(u_ref, slot, start, count)
-            total = y.by_slot(slot, start, count) + direct
-            y_ref[sequence, block.rows(start, count), lanes] = total.astype(y_ref.dtype)
-
     def of_chunk(i: Array, _: None) -> None:
         place = chunks - 1 - i if plan.reverse else i
         block = Block(plan, first_chunk + place, channel, place * plan.chunk)
@@ -208,7 +216,7 @@ def _kernel(
         for first in range(0, plan.states, plan.set_states):
             block.in_pieces(partial(make_ready, block, first))
             block.in_scan_order(partial(advance, block, first))
-        block.in_pieces(partial(finish, block))
+        finish(block, jnp.int32(0 if plan.reverse else block.groups - 1))
 
     jax.lax.fori_loop(0, chunks, of_chunk, None)
 

@@ -7,6 +7,7 @@ A buffer of slots x ROW_PITCH rows turns one into the other: written at row slot
 vector layout, it is read with that pitch, from row t, in the state layout.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -323,7 +324,7 @@ def softplus(x: Vector) -> Vector:
     max(x, 0) + log1p(exp(-|x|)), with log1p(z) = z p(z) on [0, 1] from a polynomial: Mosaic's own
     log1p takes the logarithm of 1 + z, which leaves few correct digits of a small step size.
     """
-    z = jnp.exp(-jnp.abs(x))
+    z = jnp.exp2(jnp.abs(x) * -math.log2(math.e))
     p = jnp.float32(_LOG1P[-1])
     for coefficient in _LOG1P[-2::-1]:
         p = p * z + coefficient
