@@ -7,12 +7,14 @@ import math
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from zzhnet_jax import cli
 from zzhnet_jax.aot.chips import CHIPS
 from zzhnet_jax.commands import dry_run
 from zzhnet_jax.training.config import MeshConfig
+from zzhnet_jax.training.program import Program
 
 SCRIPT = Path(__file__).parents[1] / "training" / "small_run.py"
 COMMAND = ["train", "--dry-run", "--data.root", "there/is/no/such/folder"]
@@ -97,6 +99,23 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("complaint", "found"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 20.31G of 15.75G hbm. Exceeded\nmore", "needs 20.31G of 15.75G"),
+        ("RESOURCE_EXHAUSTED: temporaries (43G) exceed HBM (15G)", "temporaries (43G) exceed"),
+    ],
+)
+def test_what_the_compiler_finds_too_large_is_one_line(complaint, found, monkeypatch, capsys):
+    def lower(self):
+        raise jax.errors.JaxRuntimeError(complaint)
+
+    monkeypatch.setattr(Program, "lower", lower)
+    assert cli.main(COMMAND) == 2
+    error = capsys.readouterr().err
+    assert found in error and "train.remat" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

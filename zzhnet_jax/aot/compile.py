@@ -1,12 +1,15 @@
 """Compiles a function for a target and says what it takes there."""
 
-import time
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from zzhnet_jax.errors import UserError
 
 from .chips import Chip
 from .hlo_text import parse_program
@@ -15,6 +18,10 @@ from .roofline import Roofline, roofline
 from .targets import Target
 
 Compiled = Any
+
+
+class OutOfMemoryError(UserError):
+    """A compiler refused a program because it does not fit a device."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,29 @@ def compile_for(
         return jax.jit(function, **options).lower(*jax.tree.map(placed, arguments)).compile()
 
 
-def timed(compile_it: Callable[[], Compiled]) -> tuple[Compiled, float]:
-    """What a function returns, and the seconds it took."""
-    began = time.perf_counter()
-    compiled = compile_it()
-    return compiled, time.perf_counter() - began
+@contextmanager
+def memory_errors(target: str) -> Iterator[None]:
+    """Turns a compiler's complaint that a program is too large into one line.
+
+    Args:
+      target: what it is compiled for, for the message.
+
+    Raises:
+      OutOfMemoryError: the compiler complained.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        used = re.search(r"[Uu]sed ([\d.]+\w*) of ([\d.]+\w*)", text)
+        found = f"it needs {used[1]} of {used[2]}" if used else text.splitlines()[0]
+        raise OutOfMemoryError(
+            f"{target}: the program does not fit a device's memory ({found}); split it over more"
+            " devices, take a smaller batch or crop, or recompute more (train.remat,"
+            " train.accumulation)"
+        ) from None
 
 
 def describe(compiled: Compiled, chip: Chip | None, devices: Sequence[Any]) -> Description:

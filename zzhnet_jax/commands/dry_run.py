@@ -10,10 +10,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zzhnet_jax.aot.chips import chip_of
-from zzhnet_jax.aot.compile import Description, describe
+from zzhnet_jax.aot.compile import Description, describe, memory_errors
 from zzhnet_jax.aot.report import cost_lines, quantity
 from zzhnet_jax.aot.targets import parse_target
 from zzhnet_jax.training.config import ExperimentConfig
@@ -50,7 +51,8 @@ class DryRun:
       mesh: devices it was compiled for.
       target: how the user named them; None for those that are here.
       parameters: how many the network has.
-      rows: how the parameters are split.
+      rules: the table that says how arrays are split: kind, path or name of an axis, mesh axes.
+      rows: how the parameters are split by it.
       description: what a step takes of each device.
       seconds: how long compilation took.
     """
@@ -59,6 +61,7 @@ class DryRun:
     mesh: Mesh
     target: str | None
     parameters: int
+    rules: tuple[tuple[str, str, str], ...]
     rows: tuple[ShardingRow, ...]
     description: Description
     seconds: float
@@ -74,6 +77,9 @@ class DryRun:
             "target": self.target,
             "device": self.mesh.devices.flat[0].device_kind,
             "mesh": dict(self.mesh.shape),
+            "rules": [
+                dict(zip(("kind", "name", "axes"), rule, strict=True)) for rule in self.rules
+            ],
             "shardings": [vars(row) for row in self.rows],
             **self.description.to_json(),
             "compile_seconds": round(self.seconds, 1),
@@ -90,14 +96,15 @@ def dry_run(config: ExperimentConfig, target: str | None, *, build: Build | None
 
     Raises:
       TargetError: no such target, or its compiler is not installed.
-      ConfigError: the experiment does not fit the devices.
+      ConfigError: the mesh cannot be formed, or the batch not split over it.
+      OutOfMemoryError: the compiler found no way to fit it into the devices' memory.
     """
     chosen = None if target is None else parse_target(target)
     mesh = make_mesh(config.mesh, devices=jax.devices() if chosen is None else chosen.devices)
     program = Program(config, mesh, build)
     began = time.perf_counter()
     # Kernels for a device that is not there ask the mesh what it is.
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), memory_errors(target or "this machine"):
         compiled = program.lower().compile()
     seconds = time.perf_counter() - began
     devices = list(mesh.devices.flat)
@@ -107,6 +114,7 @@ def dry_run(config: ExperimentConfig, target: str | None, *, build: Build | None
         mesh,
         target,
         program.parameters,
+        tuple(program.rules.rows()),
         sharding_rows(program.maker.abstract.params),
         describe(compiled, chip, devices),
         seconds,
@@ -140,6 +148,8 @@ def print_dry_run(result: DryRun) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if mesh.size > 1:
+        console.print(_rules_table(result.rules))
     table = Table(title="parameters in the training state", title_justify="left")
     table.add_column("path", overflow="fold")
     for heading in ("shape", "split over"):
@@ -157,6 +167,15 @@ def print_dry_run(result: DryRun) -> None:
     console.print(table)
     for line in cost_lines(result.description):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rules_table(rules: tuple[tuple[str, str, str], ...]) -> Table:
+    table = Table(title="how arrays are split", title_justify="left")
+    for heading in ("kind", "path ends in, or axis is called", "mesh axes of its axes"):
+        table.add_column(heading, overflow="fold")
+    for rule in rules:
+        table.add_row(*map(escape, rule))
+    return table
 
 
 def _part_bytes(row: ShardingRow, mesh: Mesh) -> float:
