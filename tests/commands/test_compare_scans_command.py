@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -83,6 +84,17 @@ def test_a_wrong_scan_fails(capsys, others):
     out = capsys.readouterr().out
     assert re.search(r"^ ?wrong .* FAIL", out, flags=re.MULTILINE)
     assert re.search(r"^ ?chunked .* pass", out, flags=re.MULTILINE)
+
+
+def test_one_that_breaks_down_fails(capsys, monkeypatch):
+    def breaking(*operands, **flags):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory\nmore")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "breaking", Implementation(breaking))
+    assert compare(*SMALL, "--cases", "--implementations", "breaking", "sequential") == 1
+    out = capsys.readouterr().out
+    assert "breaking FAIL: RESOURCE_EXHAUSTED: no memory\n" in out
+    assert re.search(r"^ ?sequential .* pass", out, flags=re.MULTILINE)
 
 
 def test_half_precision_on_request(capsys, tmp_path):

@@ -1,5 +1,6 @@
 """How far a result is from the oracle: error figures, and their growth along the sequence."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ def compare(x: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> ErrorFigu
         mean_ulp=float(ulps.mean()) if ulps.size else 0.0,
         max_of_scale=float(error.max()) / scale if scale else 0.0,
         norm=float(np.linalg.norm(error)) / length if length else 0.0,
-        of_bound=float(np.max(error / bound)),
+        of_bound=float(np.max(error / bound)) if finite else math.inf,
         finite=finite,
     )
 

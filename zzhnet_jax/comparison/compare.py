@@ -1,5 +1,6 @@
 """Runs every implementation on a case: accuracy, time and memory, one row each."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,8 @@ class Row:
 
     Attributes:
       implementation: its name.
-      reason: why it was not run; None if it was.
+      reason: why there are no figures; None if there are.
+      broken: it started and broke down, which is a failure.
       errors: figures of "y", "state" and every gradient.
       growth: errors of y along the sequence.
       forward, gradient: cost of the scan, and of its gradient with the forward pass that this
@@ -33,6 +35,7 @@ class Row:
 
     implementation: str
     reason: str | None = None
+    broken: bool = False
     errors: dict[str, ErrorFigures] = field(default_factory=dict)
     growth: tuple[Growth, ...] = ()
     forward: Timing | None = None
@@ -42,7 +45,7 @@ class Row:
     def verdict(self) -> str:
         """One of "pass", "FAIL" and "not run"."""
         if self.reason is not None:
-            return "not run"
+            return "FAIL" if self.broken else "not run"
         return "pass" if all(figures.passed for figures in self.errors.values()) else "FAIL"
 
 
@@ -102,14 +105,18 @@ class Comparer:
             try:
                 programs[name] = self._compiled(name, case)
                 forward, *backward = programs[name]
-                results = dict(forward.run(arguments))
-                calls[f"{name} forward"] = partial(forward.run, arguments)
+                own = {f"{name} forward": partial(forward.run, arguments)}
                 for program in backward:
-                    results |= program.run(arguments, cotangent)
-                    calls[f"{name} gradient"] = partial(program.run, arguments, cotangent)
-                rows[name] = _row(name, jax.device_get(results), oracle)
+                    own[f"{name} gradient"] = partial(program.run, arguments, cotangent)
+                results: Arrays = {}
+                for call in own.values():
+                    results |= jax.device_get(call())
+                rows[name] = _row(name, results, oracle)
+                calls |= own
             except (UnavailableError, NotImplementedError) as error:
                 rows[name] = Row(name, reason=str(error))
+            except jax.errors.JaxRuntimeError as error:
+                rows[name] = Row(name, reason=str(error).splitlines()[0], broken=True)
         times = run_in_turns(calls, repeats=self.repeats, seconds=self.seconds)
         measured = [
             _timed(row, case, programs[name], times) if row.reason is None else row
@@ -189,22 +196,22 @@ def _row(name: str, results: Arrays, oracle: Reference) -> Row:
 def _timed(
     row: Row, case: Case, programs: tuple[Program, ...], times: dict[str, list[float]]
 ) -> Row:
-    costs = {}
+    costs: dict[str, Any] = {}
     for kind, program in zip(("forward", "gradient"), programs, strict=False):
         runs = times[f"{row.implementation} {kind}"]
         costs[kind] = Timing(
             median(runs), len(runs), program.compile_s, program.temp_bytes, traffic(case, kind)
         )
-    return Row(row.implementation, None, row.errors, row.growth, **costs)
+    return dataclasses.replace(row, **costs)
 
 
 def _recorded_row(name: str, item: Recorded, case: Case, oracle: Reference) -> Row:
     known = {key: x for key, x in item.outputs.items() if key in oracle.values}
     row = _row(name, known, oracle)
-    costs = {
+    costs: dict[str, Any] = {
         kind: Timing(ms, 1, None, None, traffic(case, kind)) for kind, ms in item.timings.items()
     }
-    return Row(name, None, row.errors, row.growth, **costs)
+    return dataclasses.replace(row, **costs)
 
 
 def traffic(case: Case, kind: str) -> int:

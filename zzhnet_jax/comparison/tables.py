@@ -1,6 +1,5 @@
 """Comparisons as tables that fit a terminal of 100 columns."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,10 +63,10 @@ def reasons(comparisons: Iterable[Comparison]) -> list[str]:
     for comparison in comparisons:
         for row in comparison.rows:
             if row.reason is not None:
-                key = (row.implementation, row.reason)
+                key = (f"{row.implementation} {row.verdict}", row.reason)
                 found.setdefault(key, []).append(comparison.case.shape.name)
     return [
-        f"{name} not run: {reason}"
+        f"{name}: {reason}"
         + ("" if len(where) == len(comparisons) else f" ({', '.join(dict.fromkeys(where))})")
         for (name, reason), where in found.items()
     ]
@@ -123,7 +122,7 @@ def _cells(row: Row, gradients: bool, peak: float) -> list[str]:
         worst = worst_gradient(row)
         name, error = ("-", "") if worst is None else (worst[0], number(worst[1].max_of_scale))
         cells.append(f"{_SHORT.get(name, name)} {error}".rstrip())
-    cells.append(share(max(e.of_bound if e.finite else math.inf for e in row.errors.values())))
+    cells.append(share(max(figures.of_bound for figures in row.errors.values())))
     for timing in (row.forward, row.gradient)[: 1 + gradients]:
         cells += _time_cells(timing, peak)
     timings = [timing for timing in (row.forward, row.gradient) if timing is not None]
