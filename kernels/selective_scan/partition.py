@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding
@@ -61,7 +62,9 @@ def differentiable(kernel: Kernel) -> KernelScan:
         flags: tuple[tuple[str, Any], ...], operands: Arrays
     ) -> tuple[tuple[Array, Array], Arrays]:
         results = _call(_Half(kernel, False, flags), operands)
-        return (results["y"], results["state"]), operands | {"kept": results["kept"]}
+        # Kept by those who compute everything else again, see `zzhnet_jax.models.functional`.
+        y, kept = (checkpoint_name(results[name], "scan_states") for name in ("y", "kept"))
+        return (y, results["state"]), operands | {"kept": kept}
 
     def backward(
         flags: tuple[tuple[str, Any], ...], residuals: Arrays, gradients: tuple[Array, Array]
