@@ -38,7 +38,7 @@ _TPU_FORM = re.compile(r"(?P<chip>[a-z0-9]+):(?P<shape>\d+(x\d+){1,2})")
 _GPU_FORM = re.compile(r"cuda:(?P<chip>[a-z0-9]+)(:(?P<count>\d+))?")
 _AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 
-TARGETS_HELP = "v5e:4x4, v6e:2x4, v4:2x2x1, v5p:2x2x4, tpu7x:2x2x1, cuda:h100:8, cuda:a100:8, ..."
+TARGETS_HELP = "v5e:4x4, v6e:2x4, v4:2x2x1, v5p:2x2x4, tpu7x:2x2x1, cuda:h100:8, cuda:a100:16"
 
 
 class TargetError(UserError):
@@ -71,6 +71,9 @@ class Target:
         Raises:
           TargetError: the compiler is not installed, or there is no such slice.
         """
+        if jax.config.jax_platforms is None:  # type: ignore[attr-defined]
+            # What is traced needs some device for its constants; the real ones stay free.
+            jax.config.update("jax_platforms", "cpu")
         return _tpu_devices(self) if self.platform == "tpu" else _gpu_devices(self)
 
 
