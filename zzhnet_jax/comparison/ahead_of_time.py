@@ -121,7 +121,7 @@ def _triton(case: Case, gradients: bool, capabilities: Sequence[int]) -> Iterato
         return tuple(jnp.zeros(x.shape, x.dtype) for x in launch.outputs)
 
     program, arguments = _program("triton", case, gradients, interpret=record)
-    jax.eval_shape(program, *arguments)
+    jax.jit(program).lower(*arguments)  # where kernels are traced
     for capability in capabilities:
         for launch, types in launches:
             signature = dict(zip(launch.kernel.arg_names, types, strict=False))
