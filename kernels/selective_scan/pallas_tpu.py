@@ -40,8 +40,8 @@ from .pallas_tpu_block import (
     take_states,
     vectors_rows,
 )
-from .pallas_tpu_call import prepare
-from .pallas_tpu_plan import LANES, MAX_STATES, SUBLANES, Plan, kept_states
+from .pallas_tpu_call import lay_out, prepare
+from .pallas_tpu_plan import LANES, MAX_COLUMNS, MAX_STATES, SUBLANES, Plan, kept_states
 from .pallas_tpu_vjp import backward
 from .partition import differentiable
 
@@ -56,10 +56,13 @@ def unsupported(*operands: Array | jax.ShapeDtypeStruct | None) -> str | None:
     """Why the kernel cannot take these eight operands, by shape and dtype, or None if it can."""
     if any(x is not None and x.dtype == jnp.float64 for x in operands):
         return "it has no float64"
-    A = operands[2]
-    assert A is not None
+    u, _, A, B, *_ = operands
+    assert u is not None and A is not None and B is not None
     if A.shape[1] > MAX_STATES:
         return f"d_state is {A.shape[1]}: it takes at most {MAX_STATES}"
+    columns = lay_out(u.shape, A.shape[1], B.shape[2]).plan.columns
+    if columns > MAX_COLUMNS:
+        return f"a block has {columns} columns of B and C: it takes at most {MAX_COLUMNS}"
     return None
 
 

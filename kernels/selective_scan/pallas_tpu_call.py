@@ -109,27 +109,43 @@ def prepare(
 ) -> tuple[Layout, Packed]:
     """The plan for the eight operands of a scan, and the operands packed for it."""
     u, delta, A, B, C, D, delta_bias, initial_state = varying_alike(*_filled(operands))
-    batch, length, channels = u.shape
-    groups = B.shape[2]
-    given = padded = channels // groups
-    if straddles(channels, groups, tile):
-        padded = -(-given // LANES) * LANES
-    plan = Plan(
-        *(batch, length, padded * groups, groups, A.shape[1]),
-        delta_softplus=delta_softplus, reverse=reverse, tile=tile, unrolled=not interpreted,
+    layout = lay_out(
+        *(u.shape, A.shape[1], B.shape[2]),
+        delta_softplus=delta_softplus, reverse=reverse, tile=tile, interpreted=interpreted,
     )  # fmt: skip
-    layout = Layout(plan, given, padded)
     B, C = (x.astype(jnp.result_type(B, C)) for x in (B, C))
     f32 = jnp.float32
     return layout, Packed(
         u=layout.widen(accepted(u)),
         delta=layout.widen(accepted(delta)),
         A=layout.widen(A.astype(f32).T),
-        matrices=plan.pack_matrices(accepted(B), accepted(C)),
+        matrices=layout.plan.pack_matrices(accepted(B), accepted(C)),
         D=layout.widen(D.astype(f32)[None]),
         delta_bias=layout.widen(delta_bias.astype(f32)[None]),
         initial_state=layout.widen(jnp.swapaxes(initial_state.astype(f32), 1, 2)),
     )
+
+
+def lay_out(
+    shape: tuple[int, ...],
+    d_state: int,
+    groups: int,
+    *,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+    tile: Tile | None = None,
+    interpreted: bool = False,
+) -> Layout:
+    """The layout for u of a shape (b, l, d)."""
+    batch, length, channels = shape
+    given = padded = channels // groups
+    if straddles(channels, groups, tile):
+        padded = -(-given // LANES) * LANES
+    plan = Plan(
+        *(batch, length, padded * groups, groups, d_state),
+        delta_softplus=delta_softplus, reverse=reverse, tile=tile, unrolled=not interpreted,
+    )  # fmt: skip
+    return Layout(plan, given, padded)
 
 
 def accepted(x: Array) -> Array:

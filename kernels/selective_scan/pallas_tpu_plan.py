@@ -23,6 +23,7 @@ SUBLANES = 8  # rows of a register, and time steps that one iteration of a loop 
 # pitch is a multiple of 8 in several, as all its rows would lie in the same part of the memory.
 ROW_PITCH = SUBLANES + 1
 MAX_STATES = 64
+MAX_COLUMNS = 512  # of B and C in a block: 4 groups of 64 states
 _SET_STATES = 16  # states held in registers at once
 # Blocks must fit the 16 MB of VMEM that a kernel may use on every TPU since v4. The backward kernel
 # holds a set of states of a whole chunk, 4 KB each and step.

@@ -119,6 +119,7 @@ def test_slots_are_filled(shape, slots, sequences):
 def test_what_it_cannot_take():
     assert unsupported(*gpu_cases.operand_types(n=64)) is None
     assert "65" in unsupported(*gpu_cases.operand_types(n=65))
+    assert "columns" in unsupported(*gpu_cases.operand_types(n=16, groups=24))
     wide = (jax.ShapeDtypeStruct((2, 100, 96), jnp.float64), *gpu_cases.operand_types()[1:])
     assert "float64" in unsupported(*wide)
 
