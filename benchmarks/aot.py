@@ -73,6 +73,7 @@ def kernel_rows(name: str, **targets: Any) -> Iterator[Row]:
             found = compile_ahead(make_case(scan), [name], gradients=True, **targets)
         except Exception as error:
             found = [{"reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}]
+        found = found or [{"reason": "no kernel was found in the program"}]
         seconds = time.perf_counter() - began
         unlike = {json.dumps(kernel): kernel for kernel in found}  # the gradient calls some twice
         for kernel in unlike.values():
