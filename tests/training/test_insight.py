@@ -63,7 +63,7 @@ def test_the_share_of_the_peak_counts_forward_once_and_backward_twice():
     )
     macs = network_cost("zzhnet_nano", height=32, width=32, overrides=overrides).macs
     figures = Utilization(config, mesh_of("TPU v5 lite", 4)).figures(0.25)
-    assert figures == {"flops_utilization": pytest.approx(8 * 6 * macs / (0.25 * 4 * 197e12))}
+    assert figures == {"model_flops_utilization": pytest.approx(8 * 6 * macs / (0.25 * 4 * 197e12))}
 
 
 def test_where_the_peak_is_not_known_nothing_is_said():

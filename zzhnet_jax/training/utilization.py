@@ -28,11 +28,11 @@ class Utilization:
         self._chip = chip_of(mesh.devices.flat[0])
 
     def figures(self, seconds: float) -> dict[str, float]:
-        """`flops_utilization` of a step that took so long; nothing where the peak is not known."""
+        """`model_flops_utilization` of a step that took so long; nothing where the peak is not known."""
         if self._chip is None:
             return {}
         peak = self._chip.narrow_flops if self._is_narrow else self._chip.wide_flops
-        return {"flops_utilization": self._step_flops / (seconds * self._devices * peak)}
+        return {"model_flops_utilization": self._step_flops / (seconds * self._devices * peak)}
 
     @property
     def _is_narrow(self) -> bool:
