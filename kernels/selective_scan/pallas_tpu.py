@@ -5,9 +5,9 @@
     VMEM        the states, across all time blocks; 8 steps at a time of step sizes and drives
     HBM         u, delta and y as they come, (b, l, d), read and written once; one state a chunk
 
-Every iteration advances 8 time steps. Those are computed one after another in the state layout of
-`pallas_tpu_block`, an instruction for 8 x 128 channels, while the step sizes, B and C of the next
-8 steps are made ready in the vector layout; the two interleave to keep all units of the core busy.
+A block of time is worked off in chunks, each in two phases. First, in the vector layout of
+`pallas_tpu_block`: step sizes with their softplus, and B and C spread over the lanes. Then, in the
+state layout: 8 time steps an iteration, one after another, an instruction for 8 x 128 channels.
 """
 
 import math

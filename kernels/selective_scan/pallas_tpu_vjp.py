@@ -1,7 +1,7 @@
 """Gradient of the TPU kernel of the selective scan.
 
     grid        as forward, but the time blocks are chunks and run against the scan order
-    VMEM        all states and decays of one chunk, recomputed from the state kept before it
+    VMEM        all states of one chunk, recomputed from the state kept before it
     HBM         u, delta and y's gradient read once, the gradients of u and delta written once
 
 With r_t the gradient that reaches state t, from its own output and from everything after it,
