@@ -28,7 +28,7 @@ class Utilization:
         self._chip = chip_of(mesh.devices.flat[0])
 
     def figures(self, seconds: float) -> dict[str, float]:
-        """`model_flops_utilization` of a step that took so long; nothing where the peak is not known."""
+        """`model_flops_utilization` of a step of this time; nothing where the peak is not known."""
         if self._chip is None:
             return {}
         peak = self._chip.narrow_flops if self._is_narrow else self._chip.wide_flops
