@@ -192,6 +192,8 @@ def table(cases: list[Case], results: dict[str, Any]) -> str:
         "least step time", "how",
     )  # fmt: skip
     rows = [line for case in cases if (line := row(case, cases, results)) is not None]
+    if not rows:
+        return "Nothing has been compiled for this table yet; `make scaling` does it."
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in rows)])
 
