@@ -1,9 +1,15 @@
-"""What the kernel tests share: a scan written out in numpy, and random arguments."""
+"""What the kernel tests share: a scan written out in numpy, random arguments, implementations."""
 
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from zzhnet_jax.kernels.selective_scan.api import IMPLEMENTATIONS
+
+INTERPRETED = ("pallas_tpu", "pallas_gpu")
 
 
 def numpy_scan(u, delta, A, B, C, D, delta_bias, initial_state, *, delta_softplus, reverse):
@@ -48,3 +54,18 @@ def scan_arguments(
 def scans():
     """`scans.numpy_scan` and `scans.arguments`."""
     return SimpleNamespace(numpy_scan=numpy_scan, arguments=scan_arguments)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch):
+    """Name of an implementation that runs here: Pallas kernels are interpreted."""
+    name = request.param
+    item = IMPLEMENTATIONS[name]
+    if name in INTERPRETED:
+        scan = partial(item.scan, interpret=True)
+        monkeypatch.setitem(
+            IMPLEMENTATIONS, name, replace(item, scan=scan, unavailable=lambda: None)
+        )
+    elif reason := item.unavailable():
+        pytest.skip(f"{name}: {reason}")
+    return name

@@ -1,7 +1,7 @@
 """Every implementation of the selective scan against a float64 oracle: values and all gradients.
 
-An implementation listed in `IMPLEMENTATIONS` gets the whole suite; `OPTIONS` makes its blocks small
-where it has blocks, so that short sequences reach several of them.
+An implementation listed in `IMPLEMENTATIONS` gets the whole suite. Blocks are made small where it
+has blocks, so that short sequences reach several of them.
 """
 
 import functools
@@ -11,16 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zzhnet_jax.kernels.selective_scan import selective_scan, selective_scan_step
+from zzhnet_jax.kernels.selective_scan import Tile, selective_scan, selective_scan_step
 from zzhnet_jax.kernels.selective_scan.api import IMPLEMENTATIONS
-from zzhnet_jax.kernels.selective_scan.chunked import (
-    chunk_length,
-    recurrence_by_prefix,
-    recurrence_by_step,
-)
+from zzhnet_jax.kernels.selective_scan.chunked import chunk_length
+from zzhnet_jax.kernels.selective_scan.chunked_wide import recurrence_by_prefix, recurrence_by_step
 
 CHUNK = 8
-OPTIONS = {"chunked": {"chunk": CHUNK}}
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
 
 # Each value of each axis occurs more than once, in different company.
@@ -29,6 +25,7 @@ CASES = {
     "short": dict(length=7, n=16, groups=4, reverse=True),
     "one chunk": dict(length=CHUNK, n=1, groups=4, reverse=True, with_state=False),
     "one more": dict(length=CHUNK + 1, n=16, groups=1, with_D=False),
+    "many states": dict(length=CHUNK + 1, n=64, groups=1, b=1, reverse=True),
     "three chunks": dict(length=3 * CHUNK, n=1, groups=4),
     "three chunks back": dict(length=3 * CHUNK, n=3, groups=2, reverse=True, with_bias=False),
     "no softplus": dict(length=CHUNK + 1, n=1, groups=1, softplus=False, with_D=False),
@@ -105,43 +102,39 @@ def oracle(scans):
     return get
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestImplementation:
+    @pytest.fixture
     def scan(self, implementation):
         item = IMPLEMENTATIONS[implementation]
-        if item.unavailable():
-            pytest.skip(f"{implementation}: {item.unavailable()}")
-        return item.scan, OPTIONS.get(implementation, {})
+        return functools.partial(item.scan, tile=Tile(CHUNK)) if item.tiled else item.scan
 
     @pytest.mark.parametrize("case", [name for name in CASES if name != "half precision"])
-    def test_values_and_gradients(self, implementation, case, oracle):
-        scan, options = self.scan(implementation)
+    def test_values_and_gradients(self, scan, case, oracle):
         arguments, flags, expected = oracle(case)
-        assert_close(run(scan, arguments, **flags, **options), expected, 3e-6)
+        assert_close(run(scan, arguments, **flags), expected, 3e-6)
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-    def test_half_precision(self, implementation, dtype, oracle):
+    def test_half_precision(self, scan, dtype, oracle):
         """The arguments are exact in both dtypes, so only rounding of results is allowed for."""
-        scan, options = self.scan(implementation)
         arguments, flags, expected = oracle("half precision")
-        results = run(scan, [jnp.asarray(x, dtype) for x in arguments], **flags, **options)
+        results = run(scan, [jnp.asarray(x, dtype) for x in arguments], **flags)
         assert results["state"].dtype == jnp.float32
         assert all(x.dtype == dtype for name, x in results.items() if "gradient" in name)
         assert_close({"state": results["state"]}, {"state": expected["state"]}, 3e-6)
         assert_close(results, expected, 2 * float(jnp.finfo(dtype).eps))
 
-    def test_float64(self, implementation, oracle):
-        scan, options = self.scan(implementation)
+    def test_float64(self, implementation, scan, oracle):
         arguments, flags, expected = oracle("one more")
+        if reason := IMPLEMENTATIONS[implementation].unsupported(*wide(arguments)):
+            pytest.skip(f"{implementation}: {reason}")
         with jax.enable_x64(True):
-            results = run(scan, wide(arguments), **flags, **options)
+            results = run(scan, wide(arguments), **flags)
             assert all(x.dtype == jnp.float64 for x in results.values())
             results = {name: np.asarray(x) for name, x in results.items()}
         assert_close(results, expected, 1e-13)
 
     def test_jit_vmap_checkpoint(self, implementation, scans):
         """Through the public function, with every transformation at once."""
-        self.scan(implementation)
         u, *others = scans.arguments(length=9, with_state=False)
         us = jnp.stack([u, 2 * u, -u])
 
@@ -172,17 +165,24 @@ def test_oracle_is_the_recurrence(scans, reverse):
         np.testing.assert_allclose(state, expected[1], rtol=1e-12)
 
 
-def test_steps_make_the_scan(scans):
-    u, delta, A, B, C, D, delta_bias, state = scans.arguments(length=5)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_steps_make_the_scan(scans, dtype, groups):
+    """Outputs are rounded once, to u's dtype; states are carried in float32 by both."""
+    arguments = scans.arguments(length=5, groups=groups)
+    u, delta, A, B, C, D, delta_bias = (jnp.asarray(x, dtype) for x in arguments[:7])
     options = dict(delta_bias=delta_bias, delta_softplus=True)
+    state = jnp.asarray(arguments[7])
     y, last = selective_scan(
         u, delta, A, B, C, D, initial_state=state, return_final_state=True, **options
     )
+    step = jax.jit(functools.partial(selective_scan_step, **options))
+    rounding = float(jnp.finfo(dtype).eps)
     for t in range(5):
-        state, y_t = selective_scan_step(
-            state, u[:, t], delta[:, t], A, B[:, t], C[:, t], D, **options
-        )
-        np.testing.assert_allclose(y_t, y[:, t], rtol=1e-5, atol=1e-6)
+        state, y_t = step(state, u[:, t], delta[:, t], A, B[:, t], C[:, t], D)
+        assert state.dtype == jnp.float32 and y_t.dtype == dtype
+        got, expected = (np.asarray(x, np.float32) for x in (y_t, y[:, t]))
+        np.testing.assert_allclose(got, expected, rtol=max(rounding, 1e-5), atol=1e-5)
     np.testing.assert_allclose(state, last, rtol=1e-5, atol=1e-6)
 
 

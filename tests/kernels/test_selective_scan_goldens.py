@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zzhnet_jax.kernels.selective_scan import available_implementations, selective_scan
+from zzhnet_jax.kernels.selective_scan import selective_scan
 
 OWN = Path(__file__).parents[1] / "goldens" / "kernels"
 SHARED = os.environ.get("ZZHNET_GOLDENS")
@@ -25,11 +25,6 @@ CASES = {
     ),
 }
 SEQUENCES = ("u", "delta", "B", "C")  # stored with the length last
-
-
-@pytest.fixture(params=available_implementations())
-def implementation(request):
-    return request.param
 
 
 def load(folder, name):
