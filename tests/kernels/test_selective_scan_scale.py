@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zzhnet_jax.kernels.selective_scan import selective_scan
+from zzhnet_jax.kernels.selective_scan import (
+    chunked_base,
+    chunked_steps,
+    chunked_wide,
+    selective_scan,
+)
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
@@ -116,3 +121,35 @@ def test_default_is_available_at_any_size(implementation):
         B = jnp.ones((1, length, 1, 1))
         y = selective_scan(u, u, -jnp.ones((2, 1)), B, B, implementation=implementation)
         assert y.shape == u.shape
+
+
+def test_softplus_of_chunks():
+    """The rational form is as close to log(1 + exp(x)) as float32 allows, and right at the ends."""
+    x = np.concatenate([np.linspace(-85, 85, 20001), 10.0 ** np.arange(-8, 3)]).astype(np.float32)
+    expected = np.logaddexp(0, x.astype(np.float64))
+    np.testing.assert_allclose(chunked_base.softplus(jnp.asarray(x)), expected, rtol=4e-7)
+    ends = chunked_base.softplus(jnp.array([-jnp.inf, -1e30, 1e30, jnp.inf], jnp.float32))
+    np.testing.assert_array_equal(ends, np.array([0, 0, 1e30, np.inf], np.float32))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("n", [1, 5])
+def test_both_ways_through_a_chunk_agree(n, reverse):
+    """Step by step and all steps at once give the same, whichever of them this platform takes."""
+    draw = np.random.default_rng(2).standard_normal
+    b, t, g, p = 2, 6, 2, 50
+    row, matrix, state = (b, t, g, p), (b, t, n, g), (b, n, g, p)
+    shapes = (row, row, (n, g, p), matrix, matrix, (g, p), (g, p), state, row, state)
+    arrays = [jnp.asarray(draw(shape), jnp.float32) for shape in shapes]
+    arrays[2] = -jnp.abs(arrays[2])
+    x, others = chunked_base.Operands(*arrays[:7]), arrays[7:]
+    options = chunked_base.Options(chunk=t, delta_softplus=True, reverse=reverse)
+
+    def both(way):
+        return way.outputs(x, others[0], options), way.gradient(x, *others, options)
+
+    results = [
+        jax.tree.leaves(jax.jit(both, static_argnums=0)(w)) for w in (chunked_steps, chunked_wide)
+    ]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
