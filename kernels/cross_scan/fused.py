@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
@@ -119,7 +120,9 @@ def _scan(options: _Options, *operands: Array) -> Float[Array, "b h w d"]:
 
 
 def _scan_forward(options: _Options, *operands: Array) -> tuple[Array, tuple[Array, ...]]:
-    y, starts = _call(_Half(options, False, declared_axes()), *operands)
+    results = _call(_Half(options, False, declared_axes()), *operands)
+    # Named as what the scan of a single route keeps.
+    y, starts = (checkpoint_name(x, "scan_states") for x in results)
     return y, (*operands, starts)
 
 

@@ -25,6 +25,7 @@ from ..selective_scan.base import output, step_size
 from .frame import ROUTES, SPARE_VMEM, Frame, Inputs, compiler_params, input_blocks
 from .patterns import add_up
 from .walks import (
+    LINES,
     Ref,
     Walk,
     chain_lines,
@@ -170,7 +171,7 @@ def scale_rows(source: Ref, factor: Float[Array, "1 c"], target: Ref) -> None:
         rows = lines_of(i)
         target[rows, :] = factor * source[rows, :]
 
-    lax.fori_loop(0, target.shape[0] // 8, body, None)
+    lax.fori_loop(0, target.shape[0] // LINES, body, None)
 
 
 def _summarize(frame: Frame, walk: Walk, k: int, image: RouteRefs, decay: Ref, ends: Ref) -> None:
