@@ -157,13 +157,13 @@ def test_vmap(mapped):
 class TestChoice:
     def test_unsupported(self):
         given = arguments((1, 3, 4, 2, 1))
-        assert fused.unsupported(**given, pattern="cross") is None
+        assert fused.unsupported(*given.values(), pattern="cross") is None
         wide = given | {"D": np.zeros((4, 2), np.float64)}
-        assert fused.unsupported(**wide, pattern="cross") == "it has no float64"
+        assert fused.unsupported(*wide.values(), pattern="cross") == "it has no float64"
         many = given | {"A": np.zeros((4, 2, 17), np.float32)}
-        assert "d_state is 17" in fused.unsupported(**many, pattern="cross")
+        assert "d_state is 17" in fused.unsupported(*many.values(), pattern="cross")
         large = given | {"u": jax.ShapeDtypeStruct((1, 512, 512, 2), jnp.float32)}
-        reason = fused.unsupported(**large, pattern="cross")
+        reason = fused.unsupported(*large.values(), pattern="cross")
         assert reason.startswith("a 512 x 512 image takes") and reason.endswith("there are 16")
 
     def test_cpu_runs_route_by_route(self):
