@@ -26,9 +26,8 @@ MAX_STATES = 64
 MAX_COLUMNS = 512  # of B and C in a block: 4 groups of 64 states
 _SET_STATES = 16  # states held in registers at once
 # Blocks must fit the 16 MB of VMEM that a kernel may use on every TPU since v4. The backward kernel
-# holds a set of states of a whole chunk, 4 KB each and step.
-_CHUNK_FEW_STATES, _CHUNK_MANY_STATES = 64, 32
-_FEW_STATES = 8
+# holds a set of states of a whole chunk, 4 KB each and step, and 80 KB a step besides.
+_LONGEST_CHUNK = ((1, 128), (8, 64), (16, 32))  # by states of a set
 _FORWARD_STEPS = 256
 
 
@@ -199,7 +198,7 @@ class Plan:
 def chunk_steps(length: int, d_state: int, tile: Tile | None) -> int:
     """Time steps between kept states: a multiple of 8 that fits in VMEM."""
     of_set = -(-d_state // -(-d_state // _SET_STATES))
-    most = _CHUNK_FEW_STATES if of_set <= _FEW_STATES else _CHUNK_MANY_STATES
+    most = next(steps for states, steps in _LONGEST_CHUNK if of_set <= states)
     return _dividing(length, most if tile is None else min(most, _round_up(tile.steps)))
 
 
