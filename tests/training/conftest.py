@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,11 @@ def small():
 
 
 @pytest.fixture(scope="session")
-def run_small(tmp_path_factory):
-    """Runs small_run.py with arguments; returns the finished process, its output as text."""
+def start_small(tmp_path_factory):
+    """Starts small_run.py with arguments; returns the process, its output as text."""
     cache = tmp_path_factory.mktemp("compiled")
 
-    def run(*arguments, devices=1, **options):
+    def start(*arguments, devices=1, script=_SCRIPT):
         environment = os.environ | {
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
             + f" --xla_force_host_platform_device_count={devices}",
@@ -35,9 +36,45 @@ def run_small(tmp_path_factory):
         }
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-        command = [sys.executable, str(_SCRIPT), *map(str, arguments)]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=560, **options
-        )
+        command = [sys.executable, str(script), *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment, text=True, **pipes)
 
-    return run
+    return start
+
+
+def finish(process, timeout=560):
+    """Waits for a process; returns it as `subprocess.run` would."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def run_small(start_small):
+    """Runs small_run.py with arguments; returns the finished process, its output as text."""
+    return lambda *arguments, **options: finish(start_small(*arguments, **options))
+
+
+@pytest.fixture(scope="session")
+def start_pair(start_small):
+    """Starts small_run.py as two processes of one run; returns both."""
+
+    def start(*arguments, devices):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        together = ["--coordinator", address, "--num-processes", 2, "--process-id"]
+        return [start_small(*arguments, *together, i, devices=devices) for i in (0, 1)]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_pair(start_pair):
+    """Runs small_run.py as two processes of one run; returns both, finished."""
+    return lambda *arguments, devices: [finish(p) for p in start_pair(*arguments, devices=devices)]

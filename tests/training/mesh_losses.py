@@ -33,7 +33,7 @@ NETWORKS = {
             "width": 8,
             "decoder_width": 8,
             "drop_path_rate": 0.0,
-            "num_shared_stages": 3,
+            "num_shared_stages": 4,
             "cssm_stages": (3,),
         },
     ),

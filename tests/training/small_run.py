@@ -5,6 +5,7 @@ small_run.py RUN_DIR [--steps 12] [--kill-at 7] [--meshes data=8 ...] [--nano] .
 
 import argparse
 import dataclasses
+import json
 import os
 import resource
 import signal
@@ -17,8 +18,10 @@ from flax import nnx
 
 from zzhnet_jax.cli import run
 from zzhnet_jax.data.config import AugmentConfig, DataConfig, SyntheticConfig
+from zzhnet_jax.data.sources import open_source
 from zzhnet_jax.models.registry import ModelCard
 from zzhnet_jax.training.config import (
+    DistributedConfig,
     ExperimentConfig,
     LossConfig,
     MeshConfig,
@@ -28,6 +31,8 @@ from zzhnet_jax.training.config import (
 )
 from zzhnet_jax.training.logging import MetricsLog
 from zzhnet_jax.training.loop import train
+from zzhnet_jax.training.processes import connect
+from zzhnet_jax.training.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,7 @@ def build(rngs: nnx.Rngs, config: SmallConfig = SmallConfig()) -> SmallNetwork:
 
 
 def experiment(run_dir, **train_fields) -> ExperimentConfig:
-    """Eight pairs a step of 16 scenes, validated on 4."""
+    """Eight pairs a step of 20 scenes, validated on 5."""
     fields = {
         "steps": 12,
         "log_every": 1,
@@ -77,7 +82,7 @@ def experiment(run_dir, **train_fields) -> ExperimentConfig:
             batch_size=8,
             crop_size=32,
             augmentation=AugmentConfig(),
-            synthetic=SyntheticConfig(size=48, train_pairs=20, val_pairs=4, test_pairs=1),
+            synthetic=SyntheticConfig(size=48, train_pairs=20, val_pairs=5, test_pairs=1),
         ),
         train=TrainConfig(loss=LossConfig(cross_entropy=1.0, lovasz=0.5), pictures=2, **fields),
         optim=OptimConfig(learning_rate=1e-3, ema_decay=0.9),
@@ -98,6 +103,17 @@ def kill_at(step: int, checkpoint: Path) -> None:
     MetricsLog.row = row_then_die
 
 
+def pause(seconds: float) -> None:
+    """Takes its time over every logged step, so that something can happen meanwhile."""
+    row = MetricsLog.row
+
+    def row_then_rest(self, number, split, values):
+        row(self, number, split, values)
+        time.sleep(seconds)
+
+    MetricsLog.row = row_then_rest
+
+
 def main(arguments) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
@@ -107,6 +123,12 @@ def main(arguments) -> int:
     parser.add_argument("--meshes", nargs="+", help="a run for each, in a folder of that name")
     parser.add_argument("--nano", action="store_true")
     parser.add_argument("--file-limit", type=int)
+    parser.add_argument("--mesh", default="data=-1", help="of a single run")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    parser.add_argument("--validate", action="store_true", help="judge fresh weights, print it")
+    parser.add_argument("--pause", type=float, default=0, help="seconds after every logged step")
     given = parser.parse_args(arguments)
     config = experiment(given.run_dir, steps=given.steps, checkpoint_every=given.checkpoint_every)
     builder = build
@@ -118,13 +140,27 @@ def main(arguments) -> int:
         kill_at(given.kill_at, given.run_dir / "checkpoints" / "5")
     if given.file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (given.file_limit, resource.RLIM_INFINITY))
+    if given.pause:
+        pause(given.pause)
+    connect(DistributedConfig(given.coordinator, given.num_processes, given.process_id))
+    if given.validate:
+        result = validate(
+            build(nnx.Rngs(0)), open_source(config.data, "val"), config.data, pictures=0
+        )
+        print("figures", json.dumps(result.metrics))
+        return 0
     if given.meshes is None:
-        train(config, build=builder)
+        train(dataclasses.replace(config, mesh=mesh_of(given.mesh)), build=builder)
     for mesh in given.meshes or []:
-        axes = {name: int(size) for name, size in (axis.split("=") for axis in mesh.split(","))}
         run_dir = str(given.run_dir / mesh)
-        train(dataclasses.replace(config, run_dir=run_dir, mesh=MeshConfig(**axes)), build=builder)
+        train(dataclasses.replace(config, run_dir=run_dir, mesh=mesh_of(mesh)), build=builder)
     return 0
+
+
+def mesh_of(text) -> MeshConfig:
+    """From "data=2,fsdp=4"."""
+    axes = dict(axis.split("=") for axis in text.split(","))
+    return MeshConfig(**{name: int(size) for name, size in axes.items()})
 
 
 if __name__ == "__main__":

@@ -210,6 +210,31 @@ def test_a_disk_that_fills_up_while_writing_is_one_line_too(finished, run_small,
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["10", "12"]
 
 
+def test_a_truncated_newest_checkpoint_is_put_aside_and_the_one_before_used(
+    finished, small, tmp_path, capsys
+):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    files = [p for p in (run_dir / "checkpoints" / "12" / "state").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    loop.train(small.experiment(run_dir), build=small.build)
+    out = capsys.readouterr().out
+    assert "warning: " in out and "12 cannot be restored" in out
+    assert "going on from step 10" in out and (run_dir / "damaged-checkpoint-12").is_dir()
+    assert losses(run_dir) == losses(finished[0])
+    kept = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [10, 12]
+
+
+def test_without_a_readable_checkpoint_a_run_does_not_begin_anew(finished, small, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    for folder in (run_dir / "checkpoints").glob("1*"):
+        (folder / "progress" / "metadata").write_text("{")
+    with pytest.raises(CheckpointError, match="there is no other checkpoint") as caught:
+        loop.train(small.experiment(run_dir), build=small.build)
+    assert "\n" not in str(caught.value)
+
+
 def test_too_few_devices_are_refused(small, tmp_path):
     config = small.experiment(tmp_path / "run")
     with pytest.raises(ValueError, match=r"mesh = 'data=3000 x .* visible devices can form"):

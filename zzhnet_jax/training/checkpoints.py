@@ -209,8 +209,12 @@ class Checkpoints:
 
 
 def _not_raised_too(record: logging.LogRecord) -> bool:
-    """Drops what Orbax logs, with a traceback, of errors that it then raises as well."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+    """Drops what Orbax logs, with a traceback, of errors that it then raises as well.
+
+    Also its wonder at a file that belongs to a checkpoint, when only the arrays of one are read.
+    """
+    wonders = str(record.msg).startswith("Metadata file does not exist")
+    return "orbax" not in record.pathname or (record.levelno < logging.ERROR and not wonders)
 
 
 def is_full_disk(error: BaseException | None) -> bool:

@@ -26,12 +26,12 @@ from .checkpoints import Checkpoints, Progress, is_full_disk
 from .config import ExperimentConfig
 from .environment import enable_compilation_cache
 from .logging import MetricsLog, NoLog, ProgressDisplay, StepTimer
-from .processes import is_first, others_alive
+from .processes import is_first, meet, others_alive
 from .profiling import Profiler
 from .program import Program, model_builder
 from .record import describe_run, report_best, write_summary
 from .resume import check_resumable
-from .sharding import gather_to_host, make_mesh, process_share, put_batch
+from .sharding import compile_gather, make_mesh, process_share, put_batch
 from .state import Build, TrainState
 from .step import Metrics, TrainStep
 from .stopping import StopRequest
@@ -114,7 +114,6 @@ class Trainer:
         self._run_dir, self._began = Path(config.run_dir), time.perf_counter()
         self._mesh = make_mesh(config.mesh)
         self._program = Program(config, self._mesh, build)
-        self._utilization = Utilization(config, self._mesh)
         self._train_source = open_source(config.data, "train")
         self._val_source = open_source(config.data, "val")
         index, count = process_share(self._mesh)
@@ -130,6 +129,8 @@ class Trainer:
             self._run_dir / "checkpoints", keep=config.train.keep_checkpoints
         )
         self._timer = StepTimer()
+        # A network given as `build` has no name by which its operations could be counted.
+        self._utilization = None if build else Utilization(config, self._mesh)
         self._pending: tuple[int, list[str], Metrics] | None = None
         self._stopping = False
         self.start, self._seconds = 0, 0.0
@@ -198,12 +199,16 @@ class Trainer:
                 state = self._checkpoints.restore(self.start, program.maker.abstract)
             else:
                 state = program.maker.create(jax.random.key(self.config.seed))
+            self._gather = compile_gather(_judged(state), self._mesh)
+            meet("state")
             warm_up(self._model(state), self._val_source, self.config.data)
-            return state, step.result()
+            compiled = step.result()
+        meet("compiled")
+        return state, compiled
 
     def _model(self, state: TrainState) -> Any:
         """The network with the state's weights, as it is validated and exported."""
-        packed, stats = gather_to_host((state.best_params, state.batch_stats), self._mesh)
+        packed, stats = self._gather(_judged(state))
         params = self._program.packing.unpack_on_host(packed)
         model: Any = functional.merge(self._program.graphdef, params, stats)
         data = self.config.data
@@ -261,7 +266,8 @@ class Trainer:
         figures = {name: float(value) for name, value in metrics.items() if name not in flags}
         seconds, pairs = self._timer.read(), self.config.data.batch_size
         figures |= {"step_seconds": seconds, "pairs_per_second": pairs / seconds}
-        figures |= self._utilization.figures(seconds)
+        if self._utilization is not None:
+            figures |= self._utilization.figures(seconds)
         self._display.report(
             step, loss=figures["loss"], seconds=seconds, pairs=pairs, waiting=figures["data_wait"]
         )
@@ -351,6 +357,11 @@ class Trainer:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _judged(state: TrainState) -> tuple[Any, Any]:
+    """What of a state makes the network that is validated and exported."""
+    return state.best_params, state.batch_stats
 
 
 def _is_done(array: Any) -> bool:

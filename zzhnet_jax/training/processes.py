@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from zzhnet_jax.errors import ConfigError, UserError
 
@@ -20,6 +21,8 @@ from .config import DistributedConfig
 
 # A process that has not been heard of for this long is taken for dead, and the others end.
 _SILENCE_SECONDS = 30
+# Collective operations between CPUs give up after half a minute; compilation may take longer.
+_MEETING_SECONDS = 3600
 _LOST = (
     "another process of this run has ended or cannot be reached, so that this one cannot go on"
     " either; see the log of the one that ended first, then start all of them again to continue"
@@ -110,6 +113,7 @@ def from_first(value: int) -> int:
     """The value that process 0 has; all processes must call this."""
     if jax.process_count() == 1:
         return value
+    meet("value")
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
@@ -117,11 +121,18 @@ def total(counts: np.ndarray) -> np.ndarray:
     """The sum of integers over all processes, exactly; all processes must call this."""
     if jax.process_count() == 1:
         return counts
+    meet("counts")
     # JAX cuts 64-bit integers to 32 bits: they travel as two halves.
     wide = counts.astype(np.int64)
     halves = np.stack([wide >> 31, wide & (2**31 - 1)]).astype(np.int32)
     high, low = np.asarray(multihost_utils.process_allgather(halves)).astype(np.int64).sum(0)
     return (high << 31) + low
+
+
+def meet(place: str) -> None:
+    """Waits until every process is there, however long the slowest of them compiles."""
+    if jax.process_count() > 1:
+        multihost.sync_global_processes(place, timeout=_MEETING_SECONDS)
 
 
 @contextmanager
@@ -141,7 +152,8 @@ def others_alive() -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             _leave("interrupted", 130)
         if isinstance(error, Exception) and _is_lost(error):
-            _leave(f"error: {_LOST}", 1)
+            reason = str(error).strip().splitlines()[0][:200]
+            _leave(f"error: {_LOST} ({reason})", 1)
         _leave("".join(traceback.format_exception(error)), 1)
 
 

@@ -209,8 +209,9 @@ def _put(array: np.ndarray, sharding: NamedSharding, index: int, count: int) -> 
     return jax.make_array_from_callback((rows * count, *array.shape[1:]), sharding, part)
 
 
-def gather_to_host(tree: Any, mesh: Mesh) -> Any:
-    """All arrays whole, as numpy; every process must call this, and gets them."""
-    if mesh.size > 1:
-        tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
-    return jax.device_get(tree)
+def compile_gather(tree: Any, mesh: Mesh) -> Callable[[Any], Any]:
+    """A function that gives arrays like these whole, as numpy; all processes must call it."""
+    if mesh.size == 1:
+        return jax.device_get
+    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh)).lower(tree).compile()
+    return lambda tree: jax.device_get(gather(tree))

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from zzhnet_jax.models import functional
 
 from .packing import Packed, Packing
+from .processes import meet
 from .rules import DEFAULT_RULES, ShardingRules
 from .sharding import replicated, stored
 
@@ -104,7 +105,9 @@ class StateMaker:
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
             compiler_options={"xla_backend_optimization_level": 0} if on_cpu else {},
         )
-        return initial(key)
+        compiled = initial.lower(key).compile()
+        meet("initial state")
+        return compiled(key)
 
     def _assemble(self, tree: functional.Tree, batch_stats: functional.Tree) -> TrainState:
         params = self.packing.pack(tree)

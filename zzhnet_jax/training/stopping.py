@@ -21,7 +21,9 @@ class StopRequest:
     def __enter__(self) -> Self:
         # Only the main thread may; in another, as of a notebook, nothing is noticed.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._notice)
+            # None where a handler was not set from Python, as JAX's is between several processes.
+            before = signal.signal(signal.SIGTERM, self._notice)
+            self._before = signal.SIG_DFL if before is None else before
         return self
 
     def __exit__(
