@@ -119,10 +119,14 @@ def test_what_the_compiler_finds_too_large_is_one_line(complaint, found, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_for_a_tpu_slice_parameters_are_split_and_gradients_exchanged(small):
+@pytest.mark.parametrize(
+    ("target", "compiler"), [("v5e:2x2", "libtpu"), ("cuda:h100:4", "jax_cuda12_plugin")]
+)
+def test_on_a_slice_parameters_are_split_and_gradients_exchanged(small, target, compiler):
+    if importlib.util.find_spec(compiler) is None:
+        pytest.skip(f"needs {compiler}")
     config = dataclasses.replace(small.experiment("runs/none"), mesh=MeshConfig(data=2, fsdp=2))
-    found = dry_run.dry_run(config, "v5e:2x2", build=small.build).to_json()
+    found = dry_run.dry_run(config, target, build=small.build).to_json()
     assert found["fits"] and found["devices"] == 4
     assert any("fsdp" in axis for row in found["shardings"] for axis in row["axes"])
     exchanged = found["collective_bytes"]
