@@ -92,7 +92,12 @@ class Plan:
 
 
 def make_plan(
-    operands: Operands, tile: Tile | None, *, delta_softplus: bool, reverse: bool
+    operands: Operands,
+    tile: Tile | None,
+    *,
+    delta_softplus: bool,
+    reverse: bool,
+    backward: bool = False,
 ) -> Plan:
     """Cuts the work so that there are enough programs to fill a GPU.
 
@@ -104,9 +109,10 @@ def make_plan(
       tile: overrides the size of chunks and blocks.
       delta_softplus: as in `selective_scan`.
       reverse: as in `selective_scan`.
+      backward: for the gradient, which has more in its registers.
     """
     (b, length, d), n, groups = operands.u.shape, operands.A.shape[0], operands.B.shape[2]
-    steps, channels, warps = tile or Tile(chunk_steps(n))
+    steps, channels, warps = tile or Tile(chunk_steps(n, backward=backward))
     warps = warps or 1
     channels = channels or min(THREADS * warps, pl.next_power_of_2(d // groups))
     in_flight = b * groups * pl.cdiv(d // groups, channels) * warps
@@ -120,9 +126,9 @@ def make_plan(
     )
 
 
-def chunk_steps(n: int) -> int:
+def chunk_steps(n: int, *, backward: bool = False) -> int:
     """Time steps of a chunk: what the registers of a thread hold beside n states."""
-    return 8 if n <= 32 else 4
+    return 4 if backward and n > 32 else 8
 
 
 class Block:

@@ -59,7 +59,10 @@ def forward(
 
 
 def kept_every(plan: Plan) -> int:
-    """Chunks from one kept state to the next: what is kept is no larger than u in float32."""
+    """Chunks from one kept state to the next: what is kept is no larger than u in float32.
+
+    Chunks of the gradient may be shorter; both powers of two, they come to the same steps.
+    """
     return pl.next_power_of_2(pl.cdiv(plan.n, plan.steps))
 
 

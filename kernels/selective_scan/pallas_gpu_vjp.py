@@ -51,7 +51,8 @@ def backward(
 ) -> tuple[Array | None, ...]:
     """The gradient of each operand, None for those that are None; see `selective_scan`."""
     operands, _ = prepare(u, delta, A, B, C, D, delta_bias, initial_state)
-    plan = make_plan(operands, tile, delta_softplus=delta_softplus, reverse=reverse)
+    flags = dict(delta_softplus=delta_softplus, reverse=reverse)
+    plan = make_plan(operands, tile, **flags, backward=True)
     states = states_within(plan, operands, kept, interpret=interpret)
     after = state_gradient.astype(jnp.float32).swapaxes(1, 2)
     entering = after[:, None]
