@@ -24,7 +24,7 @@ _STYLES = (
     ("#E69F00", "P"),
     ("#000000", "X"),
 )
-_LARGEST_MARKER, _SMALLEST_MARKER = 6.5, 3.0
+_LARGEST_MARKER, _SMALLEST_MARKER = 6.5, 4.0
 _INK, _QUIET = "#191c21", "#8a9099"
 _ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 _RC: Any = {
