@@ -57,8 +57,9 @@ def backward(
     after = state_gradient.astype(jnp.float32).swapaxes(1, 2)
     entering = after[:, None]
     if plan.segments > 1:
-        inputs = (operands, y_gradient)
-        ends = call(_ends, plan, inputs, segment_outputs(plan, u), interpret=interpret)
+        ends = call(
+            _ends, plan, (operands, y_gradient), segment_outputs(plan, u), interpret=interpret
+        )
         entering = combine(plan, operands.A, after, ends, backward=True, interpret=interpret)
     inputs = (operands, states, y_gradient, entering)
     out = call(_gradients, plan, inputs, _outputs(plan, operands), interpret=interpret)

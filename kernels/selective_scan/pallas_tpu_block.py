@@ -57,7 +57,7 @@ class Block:
         """Groups of 8 steps."""
         return self.plan.chunk // SUBLANES
 
-    def rows(self, start: Array, count: int) -> pl.Slice:
+    def rows(self, start: Array, count: int) -> Any:
         """Rows of the program's blocks, from row `start` of the chunk on."""
         return pl.ds(pl.multiple_of(self.offset + start, SUBLANES), count)
 
@@ -157,7 +157,7 @@ class Matrices:
     def _vectors(self) -> Vectors:
         return Vectors(self.ref, self.plan.matrix_slots)
 
-    def _place(self, side: int, i: int | Array, group: Array) -> Array:
+    def _place(self, side: int, i: int | Array, group: int | Array) -> Any:
         """B and C of a state follow each other, the groups of a state too."""
         return (side * self.plan.set_states + i) * (self.plan.chunk // SUBLANES) + group
 

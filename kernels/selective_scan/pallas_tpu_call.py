@@ -1,8 +1,8 @@
 """What both TPU kernels take: operands in the layouts of `pallas_tpu_plan`, and their blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,13 +153,12 @@ def accepted(x: Array) -> Array:
     return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
-def _filled(operands: tuple[Array | None, ...]) -> tuple[Array, ...]:
+def _filled(operands: Sequence[Any]) -> tuple[Array, ...]:
     """The operands, zeros for those that are None."""
-    *first, D, delta_bias, initial_state = operands
-    u, _, A, *_ = first
+    u, delta, A, B, C, D, delta_bias, initial_state = operands
     zeros = jnp.zeros(A.shape[0], jnp.float32)
     return (
-        *first,
+        *(u, delta, A, B, C),
         zeros if D is None else D,
         zeros if delta_bias is None else delta_bias,
         jnp.zeros((u.shape[0], *A.shape), jnp.float32) if initial_state is None else initial_state,

@@ -272,10 +272,12 @@ def _kernel(
                 if first
                 else (zeros, zeros)
             )
-            *carry, to_drive, to_step = repeat(block, plan.set_states, one_state, (*carry, *sofar))
+            *carried, to_drive, to_step = repeat(
+                block, plan.set_states, one_state, (*carry, *sofar)
+            )
             of_driven.put_step(to_drive, row, group)
             of_step.put_step(to_step, row, group)
-            return tuple(carry)
+            return tuple(carried)
 
         carry = (load_set(block, passed_on, first), load_set(block, of_A, first))
         q, sums = sweep(block, one, carry, backward=True)

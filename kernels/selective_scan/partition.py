@@ -97,7 +97,7 @@ def differentiable(kernel: Kernel) -> KernelScan:
     return scan
 
 
-def varying_alike(*arrays: Array | None) -> tuple[Array | None, ...]:
+def varying_alike(*arrays: Array | None) -> tuple[Any, ...]:
     """The same values, all varying over the union of the mesh axes that any of them varies over.
 
     Inside `shard_map`, a kernel takes operands of one kind only, and the gradient of an operand

@@ -55,7 +55,7 @@ def run_on_gpu(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
         **launch.constants,
     )
     # jax-triton leaves out over which mesh axes a result varies.
-    return varying_alike(inputs[0], *results)[1:]  # type: ignore[return-value]
+    return varying_alike(inputs[0], *results)[1:]
 
 
 class Sizes(NamedTuple):
@@ -81,7 +81,7 @@ class Sizes(NamedTuple):
 
     def over_tiles(self, kernel: Any, *outputs: jax.ShapeDtypeStruct, warps: int = 4) -> Launch:
         """A call with a program a tile, of so many warps unless the tile says how many."""
-        constants = dict(L=self.length, D=self.d, N=self.n, G=self.groups)
+        constants: dict[str, Any] = dict(L=self.length, D=self.d, N=self.n, G=self.groups)
         constants |= dict(T=self.tile.steps, BD=self.tile.channels) | self.flags
         grid = (self.tiles, self.groups * self.blocks, self.b)
         return Launch(kernel, outputs, grid, constants, self.tile.warps or warps)

@@ -139,9 +139,11 @@ def pallas_kernels(
         if "call_target_name" in attributes:
             if ir.StringAttr(attributes["call_target_name"]).value == PALLAS_CALL:
                 config = ir.DictAttr(attributes["mhlo.backend_config"])
-                numbers = (ir.IntegerAttr(config[k]).value for k in ("num_warps", "num_stages"))
+                warps, stages = (
+                    ir.IntegerAttr(config[name]).value for name in ("num_warps", "num_stages")
+                )
                 code = _triton_text(ir.StringAttr(config["ir"]).value_bytes)
-                found.append((ir.StringAttr(config["name"]).value, code, *numbers))
+                found.append((ir.StringAttr(config["name"]).value, code, warps, stages))
         return ir.WalkResult.ADVANCE
 
     lowered.compiler_ir().operation.walk(visit)
