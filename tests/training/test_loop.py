@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from zzhnet_jax.errors import CheckpointError, DataError
@@ -90,6 +92,32 @@ def test_a_longer_run_goes_on_and_says_what_changed(finished, small, tmp_path, c
         ({"drop": 0.1}, "drop: 0.2 -> 0.1"),
     ],
 )
+@pytest.fixture
+def elsewhere(small, finished, tmp_path):
+    """An experiment that starts from the finished run's model and hardly moves."""
+    config = small.experiment(tmp_path / "tuned", steps=1)
+    optim = dataclasses.replace(config.optim, learning_rate=1e-12)
+    return dataclasses.replace(config, init_from=str(finished[0]), optim=optim)
+
+
+def test_a_run_starts_from_a_saved_model(elsewhere, finished, small):
+    loop.train(elsewhere, build=small.build)
+    given, got = (
+        safetensors.numpy.load_file(Path(folder) / "model" / "model.safetensors")
+        for folder in (finished[0], elsewhere.run_dir)
+    )
+    assert given.keys() == got.keys()
+    for name, array in given.items():
+        if name.startswith("params"):
+            np.testing.assert_allclose(got[name], array, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_a_saved_model_of_another_network_starts_no_run(elsewhere, small):
+    wider = small.SmallConfig(width=32)
+    with pytest.raises(CheckpointError, match="belongs to another network"):
+        loop.train(elsewhere, build=lambda rngs: small.build(rngs, wider))
+
+
 def test_a_checkpoint_of_another_network_is_refused(finished, small, change, said):
     other = dataclasses.replace(small.SmallConfig(), **change)
     with pytest.raises(CheckpointError, match=f"belongs to another network .*{said}") as caught:

@@ -44,6 +44,11 @@ def test_only_linear_maps_and_filters_decay():
     }
 
 
+def test_everything_decays_when_asked():
+    mask = decay_mask(network(np.random.default_rng(0)), "all")
+    assert all(jax.tree.leaves(mask))
+
+
 def test_a_real_network_decays_in_all_its_matrices_and_nothing_else():
     from zzhnet_jax.models import functional
     from zzhnet_jax.training.config import ModelSpec
@@ -86,6 +91,11 @@ def test_schedules():
     np.testing.assert_allclose([rate(s) for s in steps], [0, 1, 2, 2 * half_cosine, 0.5], rtol=1e-6)
     constant = make_schedule(OptimConfig(learning_rate=2.0, schedule="constant"), 100)
     np.testing.assert_allclose([constant(s) for s in (0, 4, 5, 99)], [0, 1.6, 2, 2], rtol=1e-6)
+    falling = OptimConfig(
+        learning_rate=2.0, schedule="step", warmup_fraction=0.0, step_every=10, step_factor=0.5
+    )
+    falling = make_schedule(falling, 100)
+    np.testing.assert_allclose([falling(s) for s in (0, 9, 10, 19, 20)], [2, 2, 1, 1, 0.5])
     at_once = make_schedule(OptimConfig(learning_rate=2.0, warmup_fraction=0.0), 1)
     assert at_once(0) == 2.0
 

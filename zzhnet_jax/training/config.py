@@ -132,10 +132,14 @@ class OptimConfig:
 
     Attributes:
       learning_rate: the peak.
-      schedule: after the warm-up, stay there or fall along a half cosine.
+      schedule: after the warm-up, stay there, fall along a half cosine, or fall in steps.
       warmup_fraction: share of all steps over which the rate rises linearly from 0.
       final_fraction: where the cosine ends, as a share of the peak.
-      weight_decay: decoupled; norms, biases, scales and state-space parameters have none.
+      step_every: steps after which a rate that falls in steps is multiplied by `step_factor`.
+      step_factor: between 0 and 1.
+      weight_decay: decoupled.
+      decayed: "weights" leaves norms, biases, scales and state-space parameters without decay;
+        "all" decays everything, as the published ChangeMamba training does.
       beta1: decay of the mean of gradients.
       beta2: decay of the mean of squared gradients.
       epsilon: added to the root of the latter.
@@ -145,10 +149,13 @@ class OptimConfig:
     """
 
     learning_rate: float = 1e-3
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
     warmup_fraction: float = 0.05
     final_fraction: float = 0.01
+    step_every: int = 10_000
+    step_factor: float = 0.5
     weight_decay: float = 0.05
+    decayed: Literal["weights", "all"] = "weights"
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -159,6 +166,9 @@ class OptimConfig:
         _require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "positive")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
         _require(self.epsilon > 0, "optim.epsilon", self.epsilon, "positive")
+        _require(self.step_every > 0, "optim.step_every", self.step_every, "at least 1")
+        factor = self.step_factor
+        _require(0 < factor <= 1, "optim.step_factor", factor, "above 0 and at most 1")
         for name in ("warmup_fraction", "final_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optim.{name}", value, "between 0 and 1")
@@ -245,6 +255,8 @@ class ExperimentConfig:
 
     Attributes:
       run_dir: folder of this run; rerunning the same command continues what is there.
+      init_from: folder of a saved or converted model, or of another run, whose weights a new run
+        starts from; it must be the same network. None starts from random weights.
       seed: of the initial weights, the order and augmentation of the data, and drop path.
       model: which network to train.
       data: images, batches and augmentation; data.batch_size is that of all devices together.
@@ -254,6 +266,7 @@ class ExperimentConfig:
     """
 
     run_dir: str = "runs/default"
+    init_from: str | None = None
     seed: int = 0
     model: ModelSpec = ModelSpec()
     data: DataConfig = field(default_factory=DataConfig)

@@ -197,6 +197,8 @@ class Trainer:
             step = pool.submit(lambda: program.lower().compile())
             if self.start:
                 state = self._checkpoints.restore(self.start, program.maker.abstract)
+            elif self.config.init_from:
+                state = program.load(self.config.init_from)
             else:
                 state = program.maker.create(jax.random.key(self.config.seed))
             self._gather = compile_gather(_judged(state), self._mesh)

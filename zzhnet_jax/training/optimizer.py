@@ -1,6 +1,6 @@
 """AdamW with a schedule, clipping, and a mask that keeps weight decay off what it harms."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -12,10 +12,17 @@ from .config import OptimConfig
 _UNDECAYED = frozenset({"A_log", "A_logs", "D", "Ds", "dt_bias", "dt_projs_bias"})
 
 
-def decay_mask(params: Any) -> Any:
-    """Which parameters decay: a tree of booleans, true for weights of linear maps and filters."""
+def decay_mask(params: Any, decayed: Literal["weights", "all"] = "weights") -> Any:
+    """Which parameters decay: a tree of booleans, true for weights of linear maps and filters.
+
+    Args:
+      params: the network's parameters, or their shapes.
+      decayed: "all" for every parameter.
+    """
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        if decayed == "all":
+            return True
         names = {str(getattr(part, "key", part)) for part in path}
         return leaf.ndim >= 2 and not names & _UNDECAYED
 
@@ -23,11 +30,13 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """The learning rate of each step: a linear rise from 0, then constant or down half a cosine."""
+    """The learning rate of each step: a linear rise from 0, then as `config.schedule` says."""
     warmup = round(config.warmup_fraction * steps)
     peak = config.learning_rate
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
+    elif config.schedule == "step":
+        after = optax.exponential_decay(peak, config.step_every, config.step_factor, staircase=True)
     else:
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])

@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from zzhnet_jax.errors import ConfigError
 from zzhnet_jax.models import functional, registry
 from zzhnet_jax.models.cost import replace_everywhere
+from zzhnet_jax.models.io import read_weights
 
 from .config import ExperimentConfig, ModelSpec
 from .optimizer import decay_mask, make_optimizer, make_schedule
 from .packing import Packing
 from .rules import rules_for
 from .sharding import check_batch
-from .state import Build, StateMaker
+from .state import Build, StateMaker, TrainState
 from .step import lower_train_step
 
 
@@ -73,7 +74,7 @@ class Program:
         self.graphdef, params, self._stats = functional.abstract(build)
         self._params = params
         self.parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-        self.packing = Packing(params, decay_mask(params))
+        self.packing = Packing(params, decay_mask(params, config.optim.decayed))
         self._schedule = make_schedule(config.optim, config.train.steps)
         self._optimizer = make_optimizer(config.optim, self._schedule, self.packing.decay_mask)
         self.maker = StateMaker(
@@ -86,6 +87,19 @@ class Program:
             rules=self.rules,
             shard_optimizer=config.mesh.shard_optimizer,
         )
+
+    def load(self, path: str) -> TrainState:
+        """A fresh state with the weights of a saved model.
+
+        Args:
+          path: as for `load_model`.
+
+        Raises:
+          CheckpointError: there is no model, or it is of another network.
+        """
+        shapes = {"params": self._params, "stats": self._stats}
+        tree = read_weights(path, jax.tree.map(_shape, shapes))
+        return self.maker.start(tree["params"], tree["stats"])
 
     @property
     def network(self) -> Any:
@@ -109,6 +123,10 @@ class Program:
             accumulation=train.accumulation,
             remat=train.remat,
         )
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _check_offload(config: ExperimentConfig, mesh: Mesh) -> None:

@@ -109,6 +109,14 @@ class StateMaker:
         meet("initial state")
         return compiled(key)
 
+    def start(self, tree: functional.Tree, batch_stats: functional.Tree) -> TrainState:
+        """A state that begins with given parameters and batch statistics."""
+        assemble = jax.jit(
+            self._assemble,
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
+        )
+        return assemble(tree, batch_stats)
+
     def _assemble(self, tree: functional.Tree, batch_stats: functional.Tree) -> TrainState:
         params = self.packing.pack(tree)
         average = jax.tree.map(jnp.copy, params) if self.ema else None
