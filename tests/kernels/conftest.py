@@ -56,7 +56,12 @@ def scans():
     return SimpleNamespace(numpy_scan=numpy_scan, arguments=scan_arguments)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name in INTERPRETED else name
+        for name in IMPLEMENTATIONS
+    ]
+)
 def implementation(request, monkeypatch):
     """Name of an implementation that runs here: Pallas kernels are interpreted."""
     name = request.param

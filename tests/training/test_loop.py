@@ -85,13 +85,6 @@ def test_a_longer_run_goes_on_and_says_what_changed(finished, small, tmp_path, c
     assert losses(run_dir)[:12] == losses(finished[0])
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"width": 32}, "width: 48 -> 32"),
-        ({"drop": 0.1}, "drop: 0.2 -> 0.1"),
-    ],
-)
 @pytest.fixture
 def elsewhere(small, finished, tmp_path):
     """An experiment that starts from the finished run's model and hardly moves."""
@@ -118,6 +111,13 @@ def test_a_saved_model_of_another_network_starts_no_run(elsewhere, small):
         loop.train(elsewhere, build=lambda rngs: small.build(rngs, wider))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"width": 32}, "width: 48 -> 32"),
+        ({"drop": 0.1}, "drop: 0.2 -> 0.1"),
+    ],
+)
 def test_a_checkpoint_of_another_network_is_refused(finished, small, change, said):
     other = dataclasses.replace(small.SmallConfig(), **change)
     with pytest.raises(CheckpointError, match=f"belongs to another network .*{said}") as caught:

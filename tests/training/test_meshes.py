@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.mesh]
 
 _SCRIPT = Path(__file__).with_name("mesh_losses.py")
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "data=4,spatial=2"]

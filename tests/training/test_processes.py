@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.mesh]
 
 STEPS = 12
 PLAN = ["--steps", STEPS, "--checkpoint-every", 4]

@@ -52,7 +52,8 @@ def kept(block, policy):
 
 def test_each_policy_keeps_less_than_the_one_before(block):
     none, blocks, all_again = (kept(block, p) for p in ("none", "blocks", "blocks+scan"))
-    assert all_again == X.nbytes < blocks < none / 3
+    # The block's input, and its output for the gradient of the sine.
+    assert all_again <= 2 * X.nbytes < blocks < none / 3
 
 
 def test_blocks_does_not_scan_again_but_blocks_and_scan_does(block):
