@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # Two workers: most of the time goes into compilation, which keeps one core busy.
 PYTEST_ARGS ?= -n 2 --dist worksteal -m "not mesh"
 
-.PHONY: test-mesh help install install-dev demo test lint aot scaling clean
+.PHONY: help install install-dev demo test test-mesh lint aot scaling clean
 
 help:
 	@echo "make demo     train ZZHNet nano on synthetic scenes and draw its predictions (runs/demo)"
 	@echo "make test     run the tests"
+	@echo "make test-mesh  train whole networks on eight devices and in two processes, on this machine"
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile kernels and a training step for TPUs and GPUs that are not here"
 	@echo "make scaling  compile training steps for slices of them, for the tables of docs/scaling.md"
@@ -36,6 +37,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-mesh: install
+	$(BIN)/python -m pytest -m mesh
 
 lint: install-dev
 	$(BIN)/ruff check .
