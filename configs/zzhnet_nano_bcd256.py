@@ -13,9 +13,9 @@ validation:
   1     test        0.401  0.255  0.185   0.261  0.708   0.660
 
 Averaged over flips and both orders of the dates (zzhnet evaluate --flips --exchange-dates), seed 0:
-validation 0.501, test 0.419. Test scores of earlier settings were seen while this one was chosen, so
-the test figures are optimistic. Pasting rectangles of other pairs into half of the crops (CutMix)
-with twice the drop path gave 0.471 and 0.385 instead (seed 0).
+validation 0.501, test 0.419. Test scores of earlier settings were seen while this one was chosen,
+so the test figures are optimistic. Pasting rectangles of other pairs into half of the crops
+(CutMix) with twice the drop path gave 0.471 and 0.385 instead (seed 0).
 """
 
 from zzhnet_jax.data.config import AugmentConfig, DataConfig
