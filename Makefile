@@ -3,14 +3,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two workers: most of the time goes into compilation, which keeps one core busy.
-PYTEST_ARGS ?= -n 2 --dist worksteal -m "not mesh"
+PYTEST_ARGS ?= -n 2 --dist worksteal -m "not mesh and not accelerator"
 
-.PHONY: help install install-dev demo test test-mesh lint aot scaling clean
+.PHONY: help install install-dev demo test test-mesh test-kernels lint aot scaling clean
 
 help:
 	@echo "make demo     train ZZHNet nano on synthetic scenes and draw its predictions (runs/demo)"
 	@echo "make test     run the tests"
 	@echo "make test-mesh  train whole networks on eight devices and in two processes, on this machine"
+	@echo "make test-kernels  interpret the kernels of TPUs and GPUs, or compile them"
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile kernels and a training step for TPUs and GPUs that are not here"
 	@echo "make scaling  compile training steps for slices of them, for the tables of docs/scaling.md"
@@ -40,6 +41,9 @@ test: install
 
 test-mesh: install
 	$(BIN)/python -m pytest -m mesh
+
+test-kernels: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m accelerator
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ def scans():
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=pytest.mark.slow) if name in INTERPRETED else name
+        pytest.param(name, marks=pytest.mark.accelerator) if name in INTERPRETED else name
         for name in IMPLEMENTATIONS
     ]
 )

@@ -80,7 +80,7 @@ def assert_equal(got, expected, tolerance):
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(x, marks=pytest.mark.slow) if x == "sixteen states" else x for x in CASES],
+    [pytest.param(x, marks=pytest.mark.accelerator) if x == "sixteen states" else x for x in CASES],
 )
 def test_values_and_gradients(case):
     pattern, sizes = CASES[case]
@@ -89,7 +89,7 @@ def test_values_and_gradients(case):
     assert_equal(got, oracle(given, pattern, weights(sizes)), 3e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.accelerator
 def test_stage_of_vmamba():
     """The first stage's image; seven groups of lines are walked over at once."""
     sizes = (1, 56, 56, 4, 1)

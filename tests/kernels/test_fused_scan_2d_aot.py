@@ -11,7 +11,7 @@ from zzhnet_jax.aot.targets import parse_target
 from zzhnet_jax.kernels.cross_scan import selective_scan_2d
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.accelerator,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make aot installs it"
     ),

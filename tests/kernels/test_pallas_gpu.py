@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gpu_cases
 import gpu_goldens
 
+pytestmark = pytest.mark.accelerator
+
 interpreted = partial(pallas_gpu_scan, interpret=True)
 
 
@@ -55,7 +57,6 @@ def test_enough_programs(b, segments):
     assert kept_states(3136, 1, None) == plan.total_chunks
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("d_state", [1, 16, 64])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code_without_spills(capability, d_state):

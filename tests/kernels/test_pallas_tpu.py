@@ -152,7 +152,7 @@ print("compiled")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.accelerator
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("target", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_for(target, dtype):

@@ -14,6 +14,8 @@ from zzhnet_jax.kernels.selective_scan.base import Kernel
 from zzhnet_jax.kernels.selective_scan.partition import differentiable
 from zzhnet_jax.kernels.selective_scan.reference import sequential_scan
 
+pytestmark = pytest.mark.accelerator
+
 SCRIPT = Path(__file__).with_name("scan_on_devices.py")
 FLAGS = dict(delta_softplus=True, reverse=True)
 
@@ -31,7 +33,6 @@ def test_a_kernel_on_a_mesh(part):
     run(part)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sequential", "associative", "chunked", "None", "pallas_tpu"])
 def test_inside_shard_map(name):
     run("shard_map", name)
@@ -42,7 +43,6 @@ def test_sequence_over_devices(name):
     run("sequence", name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
 def test_sequence_over_devices_with_kernels(name):
     run("sequence", name)

@@ -38,13 +38,13 @@ def interpreted():
     return {item["case"]: item["errors"] for item in found}
 
 
-@pytest.mark.slow
+@pytest.mark.accelerator
 @pytest.mark.parametrize("case", gpu_cases.CASES)
 def test_values_and_gradients(case, interpreted):
     gpu_cases.assert_small(interpreted[case], gpu_cases.CASES[case])
 
 
-@pytest.mark.slow
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", gpu_goldens.GOLDENS)
 def test_goldens(name, interpreted):
     if gpu_goldens.GOLDENS[name] is None:
@@ -52,7 +52,7 @@ def test_goldens(name, interpreted):
     assert {k: x for k, x in interpreted[name].items() if not x <= 1} == {}
 
 
-@pytest.mark.slow
+@pytest.mark.accelerator
 @pytest.mark.parametrize("d_state", [1, 16, 64])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code_without_spills(capability, d_state):
