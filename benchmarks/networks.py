@@ -53,10 +53,13 @@ def scan_seconds(trace: Callable[[], Any], repeats: int) -> float:
     """Seconds that all two-dimensional scans of a network take by themselves."""
     calls: list[tuple[tuple, dict]] = []
 
-    def record(*arguments: Any, delta_bias: jax.Array, **options: Any) -> jax.Array:
-        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*arguments, delta_bias)]
+    def record(
+        *arguments: Any, delta_bias: jax.Array, dt_proj: jax.Array, **options: Any
+    ) -> jax.Array:
+        arrays = (*arguments, delta_bias, dt_proj)
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
         calls.append((tuple(shapes), options))
-        return selective_scan_2d(*arguments, delta_bias=delta_bias, **options)
+        return selective_scan_2d(*arguments, delta_bias=delta_bias, dt_proj=dt_proj, **options)
 
     with mock.patch.object(scans, "selective_scan_2d", record):
         trace()
@@ -66,7 +69,8 @@ def scan_seconds(trace: Callable[[], Any], repeats: int) -> float:
         arrays[2] = -jnp.exp(arrays[2])
 
         def scan(*arrays: jax.Array, options: dict = options) -> jax.Array:
-            return selective_scan_2d(*arrays[:-1], delta_bias=arrays[-1], **options)
+            *given, delta_bias, dt_proj = arrays
+            return selective_scan_2d(*given, delta_bias=delta_bias, dt_proj=dt_proj, **options)
 
         program, _ = compiled(scan, *arrays)
         total += median_seconds(lambda p=program, a=arrays: p(*a), repeats)

@@ -43,13 +43,13 @@ def unavailable() -> str | None:
 
 
 def unsupported(
-    u: Float[Array, "b h w d"],
-    delta: Float[Array, "b h w 4 d"],
-    A: Float[Array, "4 d n"],
-    *others: Array | None,
+    u: Array | jax.ShapeDtypeStruct,
+    delta: Array | jax.ShapeDtypeStruct,
+    A: Array | jax.ShapeDtypeStruct,
+    *others: Array | jax.ShapeDtypeStruct | None,
     pattern: ScanPattern,
 ) -> str | None:
-    """Why the kernel cannot take these operands, by shape and dtype, or None if it can."""
+    """Why the kernel cannot take the operands of `fused_scan`, or None if it can."""
     if any(x is not None and x.dtype == jnp.float64 for x in (u, delta, A, *others)):
         return "it has no float64"
     if A.shape[2] > MAX_STATES:

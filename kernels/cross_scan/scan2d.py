@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ..matmul import matmul
 from ..selective_scan import ShapeError, selective_scan
 from ..selective_scan.base import as_array, as_optional_array, expect_floating, expect_shape
 from .patterns import ScanPattern, add_up, flatten, routes_of, unflatten
@@ -28,23 +29,25 @@ class _Routes(NamedTuple):
     """The arguments of k scans over one image."""
 
     u: Float[Array, "b h w d"]
-    delta: Float[Array, "b h w k d"]
+    delta: Float[Array, "b h w k d"] | Float[Array, "b h w k r"]
     A: Float[Array, "k d n"]
     B: Float[Array, "b h w k n"]
     C: Float[Array, "b h w k n"]
     D: Float[Array, "k d"] | None
     delta_bias: Float[Array, "k d"] | None
+    dt_proj: Float[Array, "k r d"] | None
 
 
 def selective_scan_2d(
     u: Float[Array, "b h w d"],
-    delta: Float[Array, "b h w 4 d"],
+    delta: Float[Array, "b h w 4 d"] | Float[Array, "b h w 4 r"],
     A: Float[Array, "4 d n"],
     B: Float[Array, "b h w 4 n"],
     C: Float[Array, "b h w 4 n"],
     D: Float[Array, "4 d"] | None = None,
     *,
     delta_bias: Float[Array, "4 d"] | None = None,
+    dt_proj: Float[Array, "4 r d"] | None = None,
     delta_softplus: bool = False,
     pattern: ScanPattern = "cross",
     implementation: str | None = None,
@@ -62,12 +65,14 @@ def selective_scan_2d(
 
     Args:
       u: image; any dtype that `selective_scan` takes.
-      delta: step sizes of each route before bias and softplus.
+      delta: step sizes of each route before bias and softplus; of low rank with `dt_proj`.
       A: diagonal of each route's state matrix.
       B: input matrices of each route.
       C: output matrices of each route.
       D: weights of the direct path.
       delta_bias: added to delta before the softplus.
+      dt_proj: route k's step sizes are delta[..., k, :] @ dt_proj[k], if it is given. The largest
+        operand is then made in the order in which it is read, and never turned or copied.
       delta_softplus: as in `selective_scan`.
       pattern: as in `cross_scan`.
       implementation: as in `selective_scan`. "pallas_tpu", and None on a TPU, scan all routes in
@@ -84,7 +89,7 @@ def selective_scan_2d(
     Source: Liu et al., "VMamba: Visual State Space Model", 2024.
     """
     routes_of(pattern)
-    arrays = _validated(4, u, delta, A, B, C, D, delta_bias)
+    arrays = _validated(4, u, delta, A, B, C, D, delta_bias, dt_proj)
     if pattern == "cascade":
         y = arrays.u
         for first, columns in ((0, False), (2, True)):
@@ -110,7 +115,9 @@ def _where_fused(arrays: _Routes, pattern: ScanPattern, implementation: str | No
 
     if implementation is not None and fused.unavailable() is not None:
         return False  # the scan of a single route says why
-    reason = fused.unsupported(*arrays, pattern=pattern)
+    shape = (*arrays.delta.shape[:-1], arrays.u.shape[-1])
+    delta = jax.ShapeDtypeStruct(shape, arrays.delta.dtype)
+    reason = fused.unsupported(arrays.u, delta, *arrays[2:-1], pattern=pattern)
     _tell(reason)
     return reason is None
 
@@ -136,8 +143,11 @@ def _run(
     def together(*arrays: Any) -> Float[Array, "b h w d"]:
         from .fused import fused_scan
 
-        y = fused_scan(*arrays, delta_softplus=delta_softplus, pattern=pattern)
-        return y.astype(arrays[0].dtype)
+        routes = _Routes(*arrays)
+        if routes.dt_proj is not None:
+            routes = routes._replace(delta=_raise_steps(routes.delta, routes.dt_proj))
+        y = fused_scan(*routes[:-1], delta_softplus=delta_softplus, pattern=pattern)
+        return y.astype(routes.u.dtype)
 
     def one_by_one(*arrays: Any) -> Float[Array, "b h w d"]:
         return _scan_routes(_Routes(*arrays), pattern, delta_softplus, implementation)
@@ -147,6 +157,19 @@ def _run(
     if implementation is not None:
         return together(*arrays)
     return lax.platform_dependent(*arrays, tpu=together, default=one_by_one)
+
+
+def _raise_steps(
+    low: Float[Array, "b h w k r"], dt_proj: Float[Array, "k r d"]
+) -> Float[Array, "b h w k d"]:
+    """Step sizes of all routes in image layout.
+
+    One product with a block-diagonal matrix: it multiplies zeros, but a batched product would have
+    to move the routes to the front and the result back.
+    """
+    together = low.reshape(*low.shape[:3], -1)
+    delta = matmul(together, jax.scipy.linalg.block_diag(*dt_proj))
+    return delta.reshape(*low.shape[:4], -1)
 
 
 def _scan_routes(
@@ -167,7 +190,7 @@ def _scan_routes(
 
 def scan_lines(
     u: Float[Array, "b h w d"],
-    delta: Float[Array, "b h w 2 d"],
+    delta: Float[Array, "b h w 2 d"] | Float[Array, "b h w 2 r"],
     A: Float[Array, "2 d n"],
     B: Float[Array, "b h w 2 n"],
     C: Float[Array, "b h w 2 n"],
@@ -175,6 +198,7 @@ def scan_lines(
     *,
     columns: bool,
     delta_bias: Float[Array, "2 d"] | None = None,
+    dt_proj: Float[Array, "2 r d"] | None = None,
     delta_softplus: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "b h w d"]:
@@ -192,6 +216,7 @@ def scan_lines(
       D: weights of their direct paths.
       columns: scan columns instead of rows.
       delta_bias: added to delta before the softplus.
+      dt_proj: as in `selective_scan_2d`.
       delta_softplus: as in `selective_scan`.
       implementation: as in `selective_scan`.
 
@@ -202,7 +227,7 @@ def scan_lines(
       ShapeError: shapes or dtypes do not fit together.
       UnavailableError: the named implementation does not exist or cannot run here.
     """
-    arrays = _validated(2, u, delta, A, B, C, D, delta_bias)
+    arrays = _validated(2, u, delta, A, B, C, D, delta_bias, dt_proj)
     return _scan_lines(arrays, columns, delta_softplus, implementation)
 
 
@@ -245,11 +270,12 @@ def _scan_route(
     implementation: str | None,
 ) -> Array:
     """The scan of route k over sequences that `arrange` makes of an image, in a wide dtype."""
-    u, delta, A, B, C, D, delta_bias = arrays
+    u, delta, A, B, C, D, delta_bias, dt_proj = arrays
     wide = jnp.promote_types(u.dtype, jnp.float32)
+    delta = arrange(delta[..., k, :])
     return selective_scan(
         arrange(u.astype(wide)),
-        arrange(delta[..., k, :]),
+        delta if dt_proj is None else matmul(delta, dt_proj[k]),
         A[k],
         arrange(B[..., k : k + 1, :]),
         arrange(C[..., k : k + 1, :]),
@@ -263,7 +289,7 @@ def _scan_route(
 
 def _select(arrays: _Routes, routes: slice) -> _Routes:
     """Only some of the routes."""
-    u, delta, A, B, C, D, delta_bias = arrays
+    u, delta, A, B, C, D, delta_bias, dt_proj = arrays
     return _Routes(
         u=u,
         delta=delta[..., routes, :],
@@ -272,6 +298,7 @@ def _select(arrays: _Routes, routes: slice) -> _Routes:
         C=C[..., routes, :],
         D=None if D is None else D[routes],
         delta_bias=None if delta_bias is None else delta_bias[routes],
+        dt_proj=None if dt_proj is None else dt_proj[routes],
     )
 
 
@@ -284,19 +311,25 @@ def _validated(
     C: Array,
     D: Array | None,
     delta_bias: Array | None,
+    dt_proj: Array | None,
 ) -> _Routes:
     """The arguments as arrays, their shapes checked; `selective_scan` checks their dtypes."""
     u, delta, A, B, C = (as_array(x) for x in (u, delta, A, B, C))
-    D, delta_bias = as_optional_array(D), as_optional_array(delta_bias)
+    D, delta_bias, dt_proj = (as_optional_array(x) for x in (D, delta_bias, dt_proj))
     if u.ndim != 4 or 0 in u.shape:
         raise ShapeError(f"u has shape {u.shape}: expected (b, h, w, d), all >= 1")
     *image, d = u.shape
     if A.ndim != 3 or A.shape[:2] != (routes, d) or A.shape[2] < 1:
         raise ShapeError(f"A has shape {A.shape}: expected ({routes}, {d}, d_state >= 1)")
     n = A.shape[2]
-    expect_shape("delta", delta, (*image, routes, d))
+    if dt_proj is None:
+        expect_shape("delta", delta, (*image, routes, d))
+    else:
+        rank = dt_proj.shape[1] if dt_proj.ndim == 3 else 1
+        expect_shape("dt_proj", dt_proj, (routes, rank, d))
+        expect_shape("delta", delta, (*image, routes, rank))
     expect_shape("B", B, (*image, routes, n))
     expect_shape("C", C, (*image, routes, n))
     expect_shape("D", D, (routes, d))
     expect_shape("delta_bias", delta_bias, (routes, d))
-    return _Routes(u, delta, A, B, C, D, delta_bias)
+    return _Routes(u, delta, A, B, C, D, delta_bias, dt_proj)

@@ -175,6 +175,33 @@ def test_scan_2d_gradients():
         np.testing.assert_allclose(got[name], reference, atol=2e-6 * scale, err_msg=name)
 
 
+@pytest.mark.parametrize("pattern", ["cross", "bidirectional", "cascade"])
+def test_scan_2d_raises_step_sizes_of_low_rank(pattern):
+    """As with the product made before, in values and in the gradients of both factors."""
+    given = image_arguments(4)
+    draw = np.random.default_rng(5).standard_normal
+    weights = draw(given["u"].shape).astype(np.float32)
+    del given["delta"]
+    low = draw((2, HEIGHT, WIDTH, 4, 3)).astype(np.float32)
+    dt_proj = draw((4, 3, 4)).astype(np.float32) * 0.3
+
+    def inside(low, dt_proj):
+        return selective_scan_2d(
+            delta=low, dt_proj=dt_proj, **given, delta_softplus=True, pattern=pattern
+        )
+
+    def before(low, dt_proj):
+        delta = jnp.einsum("bhwkr,krd->bhwkd", low, dt_proj, precision="highest")
+        return selective_scan_2d(delta=delta, **given, delta_softplus=True, pattern=pattern)
+
+    results = []
+    for scan in (inside, before):
+        y, pull = jax.vjp(jax.jit(scan), low, dt_proj)
+        results.append((y, *pull(weights)))
+    for got, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(got, expected, atol=3e-6 * np.abs(expected).max())
+
+
 def _sequential(u, delta, A, B, C, D, delta_bias):
     return selective_scan(
         *(u, delta, A, B[:, :, None], C[:, :, None], D),
@@ -210,6 +237,8 @@ class TestErrors:
             ("C", (2, 3, 4, 2), r"C has shape .*: expected \(2, 3, 4, 4, 2\)"),
             ("D", (4,), r"D has shape \(4,\): expected \(4, 4\)"),
             ("delta_bias", (16,), r"delta_bias has shape \(16,\): expected \(4, 4\)"),
+            ("dt_proj", (3, 4), r"dt_proj has shape \(3, 4\): expected \(4, 1, 4\)"),
+            ("dt_proj", (4, 3, 4), r"delta has shape .*: expected \(2, 3, 4, 4, 3\)"),
         ],
     )
     def test_scan_2d(self, name, shape, expected):

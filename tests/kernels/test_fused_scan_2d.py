@@ -172,8 +172,12 @@ class TestChoice:
         program = scan.lower(given).as_text()
         assert "tpu_custom_call" not in program
 
-    def test_tpu_runs_one_kernel(self):
+    @pytest.mark.parametrize("low_rank", [False, True])
+    def test_tpu_runs_one_kernel(self, low_rank):
         given = arguments((1, 3, 4, 2, 1))
+        if low_rank:
+            ones = np.ones((4, 3, 2), np.float32)
+            given = given | {"delta": np.ones((1, 3, 4, 4, 3), np.float32), "dt_proj": ones}
 
         def loss(x):
             return jnp.sum(selective_scan_2d(**x, delta_softplus=True))

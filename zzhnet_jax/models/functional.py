@@ -75,36 +75,42 @@ def apply(
 
 def abstract(build: Build) -> tuple[nnx.GraphDef, Tree, Tree]:
     """Like `split(build(rngs))` with shapes for arrays: nothing is computed or allocated."""
-    return split(nnx.eval_shape(lambda: build(cast(nnx.Rngs, _OneKey()))))
-
-
-class _OneKey:
-    """Stands for `nnx.Rngs` where only shapes matter.
-
-    The counting that `nnx.Rngs` does for each key takes time quadratic in their number when traced:
-    7.7 s against 0.6 s for mambabcd_tiny.
-    """
-
-    def __init__(self) -> None:
-        self._key = jax.random.key(0)
-
-    def params(self) -> jax.Array:
-        return self._key
+    return split(nnx.eval_shape(lambda: build(_rngs(jax.random.key(0)))))
 
 
 def initializer(
     build: Build,
 ) -> Callable[[jax.Array], tuple[Tree, Tree]]:
-    """A function from a key to fresh `(params, batch_stats)`.
+    """A function from a key to fresh `(params, batch_stats)`, those of `build(nnx.Rngs(key))`.
 
     Jit it with output shardings, and no array is ever whole on one device.
     """
 
     def init(key: jax.Array) -> tuple[Tree, Tree]:
-        _, params, stats = split(build(nnx.Rngs(key)))
+        _, params, stats = split(build(_rngs(key)))
         return params, stats
 
     return init
+
+
+class _Keys:
+    """Draws the keys that `nnx.Rngs` draws, for a network that is built while it is traced.
+
+    `nnx.Rngs` counts them in an array, and tracing that takes time quadratic in their number: 7.7 s
+    against 0.6 s for mambabcd_tiny.
+    """
+
+    def __init__(self, key: jax.Array) -> None:
+        self._key = key
+        self._drawn = 0
+
+    def params(self) -> jax.Array:
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn - 1)
+
+
+def _rngs(key: jax.Array) -> nnx.Rngs:
+    return cast(nnx.Rngs, _Keys(key))
 
 
 @contextmanager

@@ -100,8 +100,9 @@ def load_model(path: str | os.PathLike) -> nnx.Module:
         raise CheckpointError(
             f"{file.parent / CONFIG}: not a model of this version ({error}); export the model again"
         ) from None
-    model = nnx.eval_shape(lambda: registry.build(name, config, card.num_classes, rngs=nnx.Rngs(0)))
-    graphdef, params, stats = functional.split(model)
+    graphdef, params, stats = functional.abstract(
+        lambda rngs: registry.build(name, config, card.num_classes, rngs=rngs)
+    )
     tree = weights.read(file, {"params": params, "stats": stats})
     model = functional.merge(graphdef, tree["params"], tree["stats"])
     cast(registry.Network, model).card = card

@@ -130,6 +130,17 @@ def test_presets_grow_and_stay_what_they_are():
     assert counts[0] < 1_100_000 < 30_000_000 < counts[1] < 40_000_000
 
 
+def test_traced_initialisation_draws_what_building_draws():
+    def build(rngs: nnx.Rngs) -> ZZHNet:
+        return ZZHNet(SMALL, rngs=rngs)
+
+    key = jax.random.key(3)
+    traced, _ = jax.jit(functional.initializer(build))(key)
+    _, built, _ = functional.split(build(nnx.Rngs(key)))
+    for one, other in zip(jax.tree.leaves(traced), jax.tree.leaves(built), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def network() -> ZZHNet:
     return create_model(

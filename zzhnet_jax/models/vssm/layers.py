@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from zzhnet_jax.kernels.matmul import matmul
 from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.config import Activation, NormKind
 from zzhnet_jax.models.vssm.initializers import LinearInit, linear_initializers, torch_uniform
@@ -52,31 +53,6 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 def fold_key(key: jax.Array | None, index: int) -> jax.Array | None:
     """The key of part `index` of a computation that was given `key`; None stays None."""
     return None if key is None else jax.random.fold_in(key, index)
-
-
-@jax.custom_vjp
-def matmul(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    """The product x @ kernel; the gradient of the kernel transposes the smaller of its factors.
-
-    That gradient, x^T y', needs a transposed copy of one factor on a CPU. JAX's own always copies
-    y': in a network whose layers mostly widen, a third of a training step.
-    """
-    return x @ kernel
-
-
-def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
-
-
-def _matmul_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    rows, given = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-    first, second = (rows, given) if rows.shape[1] <= given.shape[1] else (given, rows)
-    product = jnp.einsum("ni,no->io", first, second)
-    return cotangent @ kernel.T, product if first is rows else product.T
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _dot_general(x: Array, kernel: Array, dimensions: Any, **precision: Any) -> Array:

@@ -10,10 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from zzhnet_jax.kernels.cross_scan import normalize_channels, scan_lines, selective_scan_2d
-from zzhnet_jax.models.placement import constrain, locally, splits
+from zzhnet_jax.models.placement import constrain, locally
 from zzhnet_jax.models.vssm.config import SS2DConfig
 from zzhnet_jax.models.vssm.initializers import draw, step_bias, torch_uniform
-from zzhnet_jax.models.vssm.layers import matmul
 
 ROUTES = 4
 
@@ -62,34 +61,16 @@ def _draw_dt(config: SS2DConfig, shape: tuple[int, ...], rngs: nnx.Rngs) -> Arra
     return scale * draw(jax.random.normal, rngs.params(), shape)
 
 
-def raise_steps(
-    low: Float[Array, "b h w k r"], dt_proj: Float[Array, "k r d"]
-) -> Float[Array, "b h w k d"]:
-    """Low-rank step sizes of each route to all channels: low[..., k, :] @ dt_proj[k].
-
-    One product with a block-diagonal matrix: it multiplies zeros, but a batched product would have
-    to move the routes to the front and the result back, which costs more (a quarter of the whole
-    operator's time on a CPU). Where devices share out the channels it is a batched product after
-    all: each device then computes the channels that it scans, and no others.
-    """
-    if splits("scanned"):
-        dt_proj = constrain(dt_proj, "routes rank scanned")
-        delta = jnp.einsum("bhwkr,krd->bhwkd", low, dt_proj)
-        return constrain(delta, "batch whole columns routes scanned")
-    together = low.reshape(*low.shape[:3], -1)
-    delta = matmul(together, jax.scipy.linalg.block_diag(*dt_proj))
-    return delta.reshape(*low.shape[:4], -1)
-
-
 def scan_image(
     scan: Callable[..., Array],
     u: Float[Array, "b h w d"],
-    delta: Float[Array, "b h w k d"],
+    delta: Float[Array, "b h w k d"] | Float[Array, "b h w k r"],
     A: Float[Array, "k d n"],
     B: Float[Array, "b h w k n"],
     C: Float[Array, "b h w k n"],
     D: Float[Array, "k d"],
     delta_bias: Float[Array, "k d"],
+    dt_proj: Float[Array, "k r d"] | None,
 ) -> Float[Array, "b h w d"]:
     """Calls `scan` with these arguments, on every device with its own samples and channels.
 
@@ -98,17 +79,19 @@ def scan_image(
     where they are used.
     """
     image = "batch whole columns"
+
     y = locally(
-        lambda u, delta, A, B, C, D, bias: scan(u, delta, A, B, C, D, delta_bias=bias),
-        (u, delta, A, B, C, D, delta_bias),
+        lambda *arrays: scan(*arrays[:6], delta_bias=arrays[6], dt_proj=arrays[7]),
+        (u, delta, A, B, C, D, delta_bias, dt_proj),
         (
             f"{image} scanned",
-            f"{image} routes scanned",
+            f"{image} routes {'scanned' if dt_proj is None else 'rank'}",
             "routes scanned states",
             f"{image} routes states",
             f"{image} routes states",
             "routes scanned",
             "routes scanned",
+            "routes rank scanned",
         ),
         f"{image} scanned",
     )
@@ -119,8 +102,8 @@ class SelectiveScan(nnx.Module):
     """Makes the per-pixel parameters of the scan from its input, and scans.
 
     Every pixel's features give, for each route, a low-rank step size and the matrices B and C by
-    one linear map; a second map raises the step size to all channels. Both act on pixels alone, so
-    they are computed once, in image layout, for all four routes.
+    one linear map, computed once, in image layout, for all four routes; a second map, applied by
+    the scan, raises the step size to all channels.
 
     Attributes:
       x_proj: (d, 4, rank + 2 n) map to [step, B, C].
@@ -162,12 +145,11 @@ class SelectiveScan(nnx.Module):
         return scan_image(scan, *self._arguments(x, slice(0, ROUTES)))
 
     def _arguments(self, x: Array, routes: slice) -> tuple[Array, ...]:
-        """Arguments u, delta, A, B, C, D, delta_bias of the scan along the given routes."""
+        """Arguments of the scan along the given routes, in the order of `scan_image`'s."""
         rank, n = self.dt_proj.shape[1], self.config.d_state
         x_proj = self.x_proj[...][:, routes].astype(x.dtype)
         features = jnp.einsum("bhwd,dkf->bhwkf", x, x_proj, preferred_element_type=jnp.float32)
         features = constrain(features, "batch whole columns routes features")
         low, B, C = jnp.split(features, (rank, rank + n), axis=-1)
-        delta = raise_steps(low, self.dt_proj[routes])
         A = -jnp.exp(self.A_log[routes])
-        return x, delta, A, B, C, self.D[routes], self.dt_bias[routes]
+        return x, low, A, B, C, self.D[routes], self.dt_bias[routes], self.dt_proj[routes]

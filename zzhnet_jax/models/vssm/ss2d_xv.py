@@ -18,7 +18,6 @@ from zzhnet_jax.models.vssm.scans import (
     initial_A_log,
     initial_dt_bias,
     initial_dt_proj,
-    raise_steps,
     scan_image,
 )
 from zzhnet_jax.models.vssm.ss2d import OutputNorm
@@ -56,15 +55,12 @@ class GivenScan(nnx.Module):
         image = u.shape[:3]
         B, C = (a.astype(jnp.float32).reshape(*image, ROUTES, -1) for a in (B, C))
         dt = dt.astype(jnp.float32)
-        if self.dt_proj is None:
-            delta = jnp.broadcast_to(dt[:, :, :, None], (*image, ROUTES, dt.shape[-1]))
-        else:
-            rank = self.dt_proj.shape[1]
-            low = jnp.broadcast_to(dt.reshape(*image, -1, rank), (*image, ROUTES, rank))
-            delta = raise_steps(low, self.dt_proj[...])
+        dt_proj = None if self.dt_proj is None else self.dt_proj[...]
+        rank = dt.shape[-1] if dt_proj is None else dt_proj.shape[1]
+        delta = jnp.broadcast_to(dt.reshape(*image, -1, rank), (*image, ROUTES, rank))
         scan = partial(selective_scan_2d, delta_softplus=True, implementation=self.implementation)
         A, D, bias = -jnp.exp(self.A_log[...]), self.D[...], self.dt_bias[...]
-        return scan_image(scan, u, delta, A, B, C, D, bias)
+        return scan_image(scan, u, delta, A, B, C, D, bias, dt_proj)
 
 
 class FusedSS2D(nnx.Module):

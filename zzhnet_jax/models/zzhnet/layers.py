@@ -12,16 +12,17 @@ from zzhnet_jax.models.vssm.layers import make_norm
 from zzhnet_jax.models.zzhnet.config import DecoderNorm
 
 _GROUPS = 8
+_CHANNELS_OF_A_GROUP = 4  # at least: one channel of a single pixel would be normalised to nothing
 
 
 def norm_layer(kind: DecoderNorm, d: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
     """The norm named `kind` over `d` channels.
 
     "layer" is per pixel, "batch" per channel over the batch, "group" per sample over the pixels and
-    groups of channels: eight groups, or as many as divide both.
+    groups of four channels or more: eight groups, or as many as divide both.
     """
     if kind == "group":
-        groups = math.gcd(_GROUPS, d)
+        groups = math.gcd(_GROUPS, max(d // _CHANNELS_OF_A_GROUP, 1))
         return nnx.GroupNorm(d, groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
     return make_norm(kind, d, dtype=dtype, rngs=rngs)
 
