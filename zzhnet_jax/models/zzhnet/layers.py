@@ -1,7 +1,5 @@
 """Convolution, norm and resizing as ZZHNet's difference blocks, fusion and decoder use them."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,10 +17,11 @@ def norm_layer(kind: DecoderNorm, d: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -
     """The norm named `kind` over `d` channels.
 
     "layer" is per pixel, "batch" per channel over the batch, "group" per sample over the pixels and
-    groups of four channels or more: eight groups, or as many as divide both.
+    groups of four channels or more: eight groups, or as many as divide the channels so.
     """
     if kind == "group":
-        groups = math.gcd(_GROUPS, max(d // _CHANNELS_OF_A_GROUP, 1))
+        most = min(_GROUPS, max(d // _CHANNELS_OF_A_GROUP, 1))
+        groups = next(g for g in range(most, 0, -1) if d % g == 0)
         return nnx.GroupNorm(d, groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
     return make_norm(kind, d, dtype=dtype, rngs=rngs)
 
