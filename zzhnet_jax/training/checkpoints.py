@@ -5,10 +5,12 @@ Orbax writes them in the background, each under a temporary name until it is who
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ class Checkpoints:
           keep: how many of the newest to keep.
         """
         self.directory = directory.absolute()
-        logging.getLogger("absl").addFilter(_not_raised_too)
+        _tell_failures_once()
         best = checkpoint_managers.BestN(
             get_metric_fn=lambda metrics: metrics["f1"], n=1, keep_checkpoints_without_metrics=False
         )
@@ -208,13 +210,33 @@ class Checkpoints:
             raise
 
 
+@functools.cache
+def _tell_failures_once() -> None:
+    """What is raised is not printed as well, by whoever noticed it first or too late."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_raised_too)
+    sys.unraisablehook = functools.partial(_report_unless_late, sys.unraisablehook)
+
+
 def _not_raised_too(record: logging.LogRecord) -> bool:
     """Drops what Orbax logs, with a traceback, of errors that it then raises as well.
 
-    Also its wonder at a file that belongs to a checkpoint, when only the arrays of one are read.
+    It raises the first; asyncio logs those of the other arrays. Also dropped is its wonder at a
+    file that belongs to a checkpoint, when only the arrays of one are read.
     """
+    if record.name == "asyncio":
+        return not (record.exc_info and is_full_disk(record.exc_info[1]))
     wonders = str(record.msg).startswith("Metadata file does not exist")
     return "orbax" not in record.pathname or (record.levelno < logging.ERROR and not wonders)
+
+
+def _report_unless_late(report: Callable[[Any], None], unraisable: Any) -> None:
+    """Drops what TensorStore's threads say of writes that end after another has failed.
+
+    By then Orbax has closed the event loop that waited for them, and raises the failure itself.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
 
 
 def is_full_disk(error: BaseException | None) -> bool:

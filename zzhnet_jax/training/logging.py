@@ -26,30 +26,64 @@ class MetricsLog:
           run_dir: the run's folder.
           first_step: rows of later steps, left by a run that was interrupted, are dropped.
         """
-        from tensorboardX import SummaryWriter  # slow: it imports torch where that is installed
-
         path = run_dir / "metrics.jsonl"
         rows = path.read_text().splitlines(keepends=True) if path.exists() else []
         path.write_text("".join(row for row in rows if _is_before(row, first_step)))
         self._file = path.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._board = _Board(run_dir / "tensorboard", first_step=first_step)
 
     def row(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Adds the figures of one step."""
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        figures = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
+        self._board.scalars(step, {f"{split}/{name}": value for name, value in figures.items()})
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Adds a picture to TensorBoard."""
-        self._board.add_image("val/predictions", np.asarray(image), step, dataformats="HWC")
+        self._board.image(step, "val/predictions", image)
 
     def close(self) -> None:
         """Writes what is still in memory."""
         self._file.close()
         self._board.close()
+
+
+class _Board:
+    """TensorBoard's event file, written where it is called.
+
+    `tensorboardX.SummaryWriter` writes from a thread of its own, which on a full disk dies with a
+    traceback that nobody can catch.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int) -> None:
+        # Slow: it imports torch where that is installed.
+        from tensorboardX import event_file_writer, proto, summary
+
+        self._events, self._summary = proto.event_pb2, summary
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = event_file_writer.EventsWriter(str(directory / "events"))
+        # Of an earlier part of the run, TensorBoard hides what came after this step.
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._write(first_step + 1, session_log=start)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds figures under their names."""
+        entries = [self._summary.scalar(name, value).value[0] for name, value in values.items()]
+        self._write(step, summary=self._summary.Summary(value=entries))
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Adds a picture."""
+        pixels = self._summary.image(name, np.asarray(image), dataformats="HWC")
+        self._write(step, summary=pixels)
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
+        self._file.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write_event(self._events.Event(step=step, wall_time=time.time(), **content))
+        self._file.flush()
 
 
 class NoLog:
