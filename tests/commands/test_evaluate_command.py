@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from zzhnet_jax.cli import main
 from zzhnet_jax.data.config import DataConfig, SyntheticConfig
 from zzhnet_jax.data.sources import open_source
+from zzhnet_jax.models.io import save_model
+from zzhnet_jax.models.registry import create_model
 
 
 def run_json(capsys, *argv):
@@ -132,3 +137,19 @@ def test_damaged_run_config(difference_run, capsys):
     (difference_run / "config.json").write_text("{")
     assert main(["evaluate", str(difference_run)]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.mesh
+def test_several_devices_share_the_tiles_and_give_the_same_figures(data, tmp_path):
+    narrow = {"width": 8, "decoder_width": 8, "depths": (1, 1, 1, 1)}
+    save_model(create_model("zzhnet_nano", rngs=nnx.Rngs(0), **narrow), tmp_path / "model")
+    command = [sys.executable, "-m", "zzhnet_jax.cli", "evaluate", str(tmp_path / "model")]
+    command += ["--data.root", str(data[0]), "--threshold", "0.5", "--batch-size", "1", "--json"]
+    found = []
+    for devices in (1, 4):  # three images: with four devices one of them computes padding
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"XLA_FLAGS": flags}
+        found.append(subprocess.run(command, env=environment, capture_output=True, check=True))
+    assert found[0].stdout == found[1].stdout
+    assert json.loads(found[0].stdout)["pixels"] == 3 * 24 * 40

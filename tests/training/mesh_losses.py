@@ -6,12 +6,13 @@ mesh_losses.py OUT NETWORK: writes the losses of every mesh, and what each devic
 import dataclasses
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 from zzhnet_jax.data.config import DataConfig
+from zzhnet_jax.models import registry
+from zzhnet_jax.models.cost import replace_everywhere
 from zzhnet_jax.training.config import (
     ExperimentConfig,
     LossConfig,
@@ -56,12 +57,20 @@ MESHES = [
 ]
 
 
+def build(network):
+    """The network with a scan that is traced once, not for every platform."""
+    spec = NETWORKS[network]
+    config = registry.override(registry.preset(spec.name), spec.overrides)
+    config = replace_everywhere(config, "scan_implementation", "chunked")
+    return lambda rngs: registry.build(spec.name, config, spec.num_classes, rngs=rngs)
+
+
 def experiment(network, mesh, accumulation):
     return ExperimentConfig(
         model=NETWORKS[network],
         data=DataConfig(batch_size=BATCH, crop_size=CROP),
         train=TrainConfig(steps=100, accumulation=accumulation, loss=LossConfig(cross_entropy=1)),
-        optim=OptimConfig(learning_rate=2e-3, ema_decay=0.9),
+        optim=OptimConfig(learning_rate=5e-4, ema_decay=0.9),
         mesh=mesh,
     )
 
@@ -78,7 +87,8 @@ def batches():
         yield {"pre": pre, "post": post, "label": label}
 
 
-def run(program, step):
+def run(program):
+    step = program.lower().compile()
     state = program.maker.create(jax.random.key(0))
     held = share_of_one_device(state)
     key, losses = jax.random.key(1), []
@@ -100,19 +110,15 @@ def share_of_one_device(state):
 
 
 def main(out, network):
-    cases = [(mesh, parts) for parts in (1, 4) for mesh in MESHES]
-    programs = []
-    for mesh, parts in cases:
-        config = experiment(network, mesh, parts)
-        devices = jax.devices()[:1] if mesh == MESHES[0] else None
-        programs.append(Program(config, make_mesh(mesh, devices)))
-    with ThreadPoolExecutor(2) as pool:
-        steps = list(pool.map(lambda program: program.lower().compile(), programs))
     results = {}
-    for (mesh, parts), program, step in zip(cases, programs, steps, strict=True):
-        axes = {k: v for k, v in dataclasses.asdict(mesh).items() if k != "shard_optimizer"}
-        name = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one"
-        results[f"{name} x{parts}"] = run(program, step)
+    for parts in (1, 4):
+        for mesh in MESHES:
+            config = experiment(network, mesh, parts)
+            devices = jax.devices()[:1] if mesh == MESHES[0] else None
+            axes = {k: v for k, v in dataclasses.asdict(mesh).items() if k != "shard_optimizer"}
+            name = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one"
+            program = Program(config, make_mesh(mesh, devices), build(network))
+            results[f"{name} x{parts}"] = run(program)
     with open(out, "w") as file:
         json.dump(results, file)
 

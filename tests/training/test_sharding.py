@@ -78,7 +78,7 @@ def test_the_table_can_be_shown():
 
 def test_activations_are_split_by_the_names_of_their_axes_where_that_is_even():
     place = Placement(mesh_of(data=2, fsdp=2, spatial=2), DEFAULT_RULES.activations)
-    spec = place.spec("batch rows columns channels", (8, 6, 6, 3))
+    spec = place.spec("batch rows columns channels", (8, 8, 6, 3))
     assert spec == PartitionSpec(("data", "fsdp"), ("spatial",), None, None)
     assert place.spec("batch rows columns", (6, 5, 4)) == PartitionSpec(None, None, None)
 
@@ -91,6 +91,15 @@ def test_uneven_batches_and_crops_are_refused():
         check_batch(ExperimentConfig(), mesh_of(data=3))
     with pytest.raises(ConfigError, match=r"data\.crop_size = 256: .* mesh\.spatial = 3"):
         check_batch(ExperimentConfig(), mesh_of(spatial=3))
+    with pytest.raises(ConfigError, match=r"data\.crop_size = 256: .* at least 16 times it"):
+        check_batch(ExperimentConfig(), mesh_of(spatial=32))
+
+
+def test_few_rows_are_not_split():
+    """XLA gets gradients of convolutions wrong where a device has one or two rows."""
+    place = Placement(mesh_of(spatial=4), DEFAULT_RULES.activations)
+    assert place.spec("rows columns", (16, 16)) == PartitionSpec(("spatial",), None)
+    assert place.spec("rows columns", (8, 16)) == PartitionSpec(None, None)
 
 
 def test_one_axis_may_take_what_is_left():

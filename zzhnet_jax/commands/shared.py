@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import jax
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -36,7 +37,7 @@ class PredictorArguments:
       tile_size: side of the tiles that larger images are cut into; unless given, the crop size of
         training, at least 256.
       overlap: least number of pixels that neighbouring tiles share; unless given, a quarter tile.
-      batch_size: tiles computed at a time; fewer need less memory.
+      batch_size: tiles that each device computes at a time; fewer need less memory.
       flips: average over four flips of the images (4 times the work).
       exchange_dates: average over both orders of the dates (twice the work).
       json: print one JSON object instead of tables.
@@ -74,6 +75,7 @@ class PredictorArguments:
             batch_size=self.batch_size,
             flips=self.flips,
             exchange_dates=self.exchange_dates,
+            devices=jax.local_devices(),
         )
 
 
