@@ -43,7 +43,7 @@ def start_small(tmp_path_factory):
     return start
 
 
-def finish(process, timeout=560):
+def finish(process, timeout=1500):
     """Waits for a process; returns it as `subprocess.run` would."""
     try:
         out, err = process.communicate(timeout=timeout)

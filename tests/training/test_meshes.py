@@ -13,11 +13,10 @@ MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "data=4,spatial=2"]
 
 
 @pytest.mark.parametrize("network", ["mambabcd", "zzhnet"])
-def test_every_mesh_trains_as_one_device_does(network, start_small, tmp_path):
+def test_every_mesh_trains_as_one_device_does(network, run_small, tmp_path):
     """One test a network: its programs take minutes to compile, which workers should not repeat."""
-    process = start_small(tmp_path / "out.json", network, devices=8, script=_SCRIPT)
-    _, err = process.communicate(timeout=1500)
-    assert process.returncode == 0, err[-2000:]
+    process = run_small(tmp_path / "out.json", network, devices=8, script=_SCRIPT)
+    assert process.returncode == 0, process.stderr[-2000:]
     found = json.loads((tmp_path / "out.json").read_text())
     for parts in (1, 4):
         one = found[f"one x{parts}"]["losses"]
