@@ -156,6 +156,7 @@ def _kernel(
     first_chunk = (turns - 1 - turn if plan.reverse else turn) * chunks
     step, driven, y = (Vectors(x, plan.slots) for x in (step_buffer, driven_buffer, y_buffer))
     matrices = Matrices(matrices_buffer, plan)
+    beside = plan.part == SUBLANES
 
     @pl.when(turn == 0)
     def _start() -> None:
@@ -165,6 +166,7 @@ def _kernel(
 
     def make_ready(block: Block, first: int, start: Array, count: int) -> None:
         """Step sizes, those times u, B and C of some steps, in the state layout."""
+        matrices.spread(block, matrices_ref, first, start, count)
         for slot in range(plan.slots if first == 0 else 0):
             _, lanes = block.lanes(slot)
             delta = block.vector(delta_ref, slot, start, count)
@@ -172,26 +174,25 @@ def _kernel(
             drive = size * block.vector(u_ref, slot, start, count)
             step.put_slot(block.clear(size, slot, start), slot, start)
             driven.put_slot(block.clear(drive, slot, start), slot, start)
-        matrices.spread(block, matrices_ref, first, start, count)
 
-    def finish(block: Block, group: Array) -> None:
-        """Writes y of 8 steps."""
-        start = group * SUBLANES
+    def finish(block: Block, start: Array, count: int) -> None:
+        """Writes y of some steps."""
         for slot in range(plan.slots):
             sequence, lanes = block.lanes(slot)
-            direct = D_ref[:, lanes] * block.vector(u_ref, slot, start, SUBLANES)
-            total = y.by_slot(slot, start, SUBLANES) + direct
-            y_ref[sequence, block.rows(start, SUBLANES), lanes] = total.astype(y_ref.dtype)
+            direct = D_ref[:, lanes] * block.vector(u_ref, slot, start, count)
+            total = y.by_slot(slot, start, count) + direct
+            y_ref[sequence, block.rows(start, count), lanes] = total.astype(y_ref.dtype)
 
     def advance(block: Block, first: int, group: Array) -> None:
         """Eight steps of a set of states; y is summed over the sets.
 
-        Beside them, y of the 8 steps before is written. The first 8 of a chunk have none before
-        them: they write what is in the buffer to their own place, and the next 8 correct it.
+        Beside them, where registers are left for it, y of the 8 steps before is written. The first
+        8 of a chunk have none before them: they write what is in the buffer to their own place,
+        and the next 8 correct it.
         """
-        if first + plan.set_states == plan.states:
-            before = group + (1 if plan.reverse else -1)
-            finish(block, jnp.clip(before, 0, block.groups - 1))
+        if beside and first + plan.set_states == plan.states:
+            before = jnp.clip(group + (1 if plan.reverse else -1), 0, block.groups - 1)
+            finish(block, before * SUBLANES, SUBLANES)
 
         def one(row: int | Array, h: Set) -> Set:
             size, drive = step.by_step(row, group), driven.by_step(row, group)
@@ -219,7 +220,10 @@ def _kernel(
         for first in range(0, plan.states, plan.set_states):
             block.in_pieces(partial(make_ready, block, first))
             block.in_scan_order(partial(advance, block, first))
-        finish(block, jnp.int32(0 if plan.reverse else block.groups - 1))
+        if beside:
+            finish(block, jnp.int32(0 if plan.reverse else plan.chunk - SUBLANES), SUBLANES)
+        else:
+            block.in_pieces(partial(finish, block))
 
     jax.lax.fori_loop(0, chunks, of_chunk, None)
 

@@ -103,8 +103,14 @@ class Block:
 
     def in_scan_order(self, work: Callable[[Array], None], *, backward: bool = False) -> None:
         """Calls `work(group)` for the groups of 8 steps in scan order, or against it."""
-        falling, last = self.plan.reverse != backward, self.groups - 1
-        jax.lax.fori_loop(0, self.groups, lambda i, _: work(last - i if falling else i), None)
+        self.in_order(self.groups, work, backward=backward)
+
+    def in_order(
+        self, count: int, work: Callable[[Array], None], *, backward: bool = False
+    ) -> None:
+        """Calls `work(i)` for parts in scan order, or against it."""
+        falling, last = self.plan.reverse != backward, count - 1
+        jax.lax.fori_loop(0, count, lambda i, _: work(last - i if falling else i), None)
 
 
 @dataclass(frozen=True)
@@ -171,39 +177,59 @@ class Matrices:
           start: first of these steps.
           count: how many; a permutation of lanes is set up once for all of them.
         """
-        plan, valid = self.plan, block.valid_steps(start, count)
+        plan = self.plan
         tiles = 1 if plan.matrix_slots == 1 else plan.tiles
         for sequence in range(plan.sequences):
             values = ref[sequence, 0, block.rows(start, count)].astype(jnp.float32)
-            values = values if valid is None else jnp.where(valid, values, 0.0)
 
-            def column(
+            def one_state(
                 i: int | Array, _: None, sequence: int = sequence, x: Array = values
             ) -> None:
-                for side in (0, 1):
+                for side, of_groups in enumerate(self._wide(x, first, i)):
+                    row = self._place(side, i, 0) * SUBLANES + start
                     for tile in range(tiles):
-                        wide = self._of_tile(x, tile, side, first + i)
-                        row = self._place(side, i, 0) * SUBLANES + start
+                        wide = self._of_tile(of_groups, tile)
                         self._vectors().put_slot(wide, sequence * tiles + tile, row)
 
-            repeat(block, plan.set_states, column, None)
+            repeat(block, plan.set_states, one_state, None)
 
-    def _of_tile(
-        self, values: Array, tile: int, side: int, state: int | Array
-    ) -> Float[Array, "rows 128"]:
+    def _wide(self, values: Array, first: int, i: int | Array) -> tuple[list[Vector], list[Vector]]:
+        """Entries of B and of C for a state in all lanes, one vector for each group.
+
+        Pieces are added up by a product with ones, exactly: each row holds those of one entry. The
+        unit for products is idle else; the one that moves lanes would be the bottleneck.
+        """
+        plan, count = self.plan, values.shape[0]
+        entries = [
+            plan.entry(side, group, first, i)
+            for side in (0, 1)
+            for group in range(plan.block_groups)
+        ]
+        if plan.pieces == 1:
+            columns = [
+                values[:, row * LANES + place : row * LANES + place + 1] for row, place in entries
+            ]
+            wide = [jnp.broadcast_to(x, (count, LANES)) for x in columns]
+        else:
+            lane = jax.lax.broadcasted_iota(jnp.int32, (count, LANES), 1)
+            place_of = jax.lax.div(lane, np.int32(plan.pieces))
+            rows = [
+                jnp.where(place_of == place, values[:, row * LANES : (row + 1) * LANES], 0.0)
+                for row, place in entries
+            ]
+            ones = jnp.ones((LANES, LANES), jnp.bfloat16)
+            left = jnp.concatenate(rows).astype(jnp.bfloat16)
+            products = jnp.dot(left, ones, preferred_element_type=jnp.float32)
+            wide = [products[j * count : (j + 1) * count] for j in range(len(entries))]
+        return wide[: plan.block_groups], wide[plan.block_groups :]
+
+    def _of_tile(self, of_groups: list[Vector], tile: int) -> Vector:
         """A state's entries for the channels of a tile."""
-        shape = (values.shape[0], LANES)
-        lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        result = None
-        for k, first, _ in self.plan.groups_of_tile(tile):
-            column = self.plan.column(side, k, state)
-            if isinstance(column, int):
-                x = values[:, column : column + 1]
-            else:
-                x = jax.lax.dynamic_slice_in_dim(values, column, 1, 1)
-            x = jnp.broadcast_to(x, shape)
-            result = x if result is None else jnp.where(lane >= first, x, result)
-        assert result is not None
+        lane = jax.lax.broadcasted_iota(jnp.int32, of_groups[0].shape, 1)
+        groups = self.plan.groups_of_tile(tile)
+        result = of_groups[groups[0][0]]
+        for k, first, _ in groups[1:]:
+            result = jnp.where(lane >= first, of_groups[k], result)
         return result
 
     def by_step(self, side: int, i: int | Array, row: int | Array, group: Array) -> States:
@@ -289,7 +315,7 @@ def states_pitch(plan: Plan) -> int:
 
 def repeat(block: Block, count: int, body: Callable[[Any, Carry], Carry], carry: Carry) -> Carry:
     """A loop over states or steps, unrolled for the TPU; interpreters compile it faster rolled."""
-    if not block.plan.unrolled:
+    if not block.plan.unrolled and count > 1:
         return jax.lax.fori_loop(0, count, body, carry)
     for i in range(count):
         carry = body(i, carry)
@@ -302,14 +328,15 @@ def sweep(
     carry: Carry,
     *,
     backward: bool = False,
+    count: int = SUBLANES,
 ) -> Carry:
-    """Runs the 8 steps of a group: `step` takes a row and the carry, and gives the next carry.
+    """Runs some steps of a group: `step` takes a row and the carry, and gives the next carry.
 
     They run in scan order, or if `backward`, against it.
     """
     falling = block.plan.reverse != backward
-    last = SUBLANES - 1
-    return repeat(block, SUBLANES, lambda i, x: step(last - i if falling else i, x), carry)
+    last = count - 1
+    return repeat(block, count, lambda i, x: step(last - i if falling else i, x), carry)
 
 
 def step_size(block: Block, delta: Vector, bias: Float[Array, "1 128"]) -> tuple[Vector, Vector]:

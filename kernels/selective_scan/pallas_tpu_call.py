@@ -21,7 +21,7 @@ class Packed(NamedTuple):
     u: Float[Array, "b l d"]
     delta: Float[Array, "b l d"]
     A: Float[Array, "n d"]
-    matrices: Float[Array, "b group_blocks l columns"]
+    matrices: Float[Array, "b group_blocks padded_l lanes"]
     D: Float[Array, "1 d"]
     delta_bias: Float[Array, "1 d"]
     initial_state: Float[Array, "b n d"]
@@ -90,7 +90,7 @@ class Layout:
             sequence=spec((s, steps, d), lambda b, c, t: (b, when(t), c)),
             A=spec((n, d), lambda b, c, t: (0, c)),
             matrices=spec(
-                (s, 1, steps, plan.columns),
+                (s, 1, steps, plan.matrix_lanes),
                 lambda b, c, t: (b, jax.lax.div(c, np.int32(share)), when(t), 0),
             ),
             channels=spec((1, d), lambda b, c, t: (0, c)),

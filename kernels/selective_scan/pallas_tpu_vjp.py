@@ -99,7 +99,9 @@ def backward(
             output(x.delta.shape, x.delta.dtype, like=x.u),
             A_shape,
             output(
-                (plan.batch, plan.channel_blocks, plan.length, plan.columns), jnp.float32, like=x.u
+                (plan.batch, plan.channel_blocks, plan.padded_length, plan.columns),
+                jnp.float32,
+                like=x.u,
             ),
             vectors_shape,
             output((plan.batch, n, d), jnp.float32, like=x.u),
@@ -140,7 +142,7 @@ def _scratch(plan: Plan) -> list[Any]:
     groups, states = plan.chunk // SUBLANES, plan.set_states
     a_state = pltpu.VMEM((plan.states, plan.slots, LANES), jnp.float32)
     return [
-        *[a_state] * 5,
+        *[a_state] * 4,
         *[rows(vectors_rows(plan.slots, groups))] * 5,
         rows(matrices_rows(plan)),
         rows(vectors_rows(plan.slots, (groups + 1) * states)),
@@ -167,7 +169,6 @@ def _kernel(
     of_matrices_ref: Ref,
     of_vectors_ref: Ref,
     of_state_ref: Ref,
-    A: Ref,
     rate: Ref,
     start_state: Ref,
     passed_on: Ref,
@@ -200,7 +201,6 @@ def _kernel(
 
     @pl.when(turn == 0)
     def _start() -> None:
-        load_states(block, lambda _, lanes: A_ref[:, lanes], exchange, A)
         load_states(block, lambda _, lanes: A_ref[:, lanes], exchange, rate, math.log2(math.e))
         load_states(block, lambda i, lanes: of_last_ref[i, :, lanes], exchange, passed_on)
         of_A[...] = jnp.zeros_like(of_A)
@@ -208,6 +208,7 @@ def _kernel(
 
     def make_ready(first: int, start: Array, count: int) -> None:
         """Step sizes, those times u, the gradient of y, B and C of some steps."""
+        matrices.spread(block, matrices_ref, first, start, count)
         for slot in range(plan.slots if first == 0 else 0):
             _, lanes = block.lanes(slot)
             delta = block.vector(delta_ref, slot, start, count)
@@ -216,7 +217,6 @@ def _kernel(
             gradient = block.vector(of_y_ref, slot, start, count)
             for to, x in ((step, size), (driven, drive), (of_y, gradient)):
                 to.put_slot(block.clear(x, slot, start), slot, start)
-        matrices.spread(block, matrices_ref, first, start, count)
 
     def place(group: Array, i: int | Array) -> Array:
         """Where `states` has a state of a group."""
@@ -249,40 +249,45 @@ def _kernel(
             before = jnp.where(inside, before, last_row)
         return states.by_step(before, place(group, i))
 
-    def differentiate(first: int, group: Array) -> None:
-        """The adjoint recurrence over 8 steps of a set."""
+    def differentiate(first: int, group: Array, part: int | Array) -> None:
+        """The adjoint recurrence over the steps of a part of a group, state by state."""
+        start = part * plan.part
 
-        def one(row: int | Array, carry: tuple[Set, Set]) -> tuple[Set, Set]:
-            size, gradient = step.by_step(row, group), of_y.by_step(row, group)
-
-            def one_state(i: int | Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        def one_state(i: int | Array, totals: tuple[Set, Set]) -> tuple[Set, Set]:
+            def one(r: int | Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
                 q, sums, to_drive, to_step = carry
-                reaches = gradient * matrices.by_step(1, i, row, group) + q[i]
+                row = start + r
+                size, gradient = step.by_step(row, group), of_y.by_step(row, group)
+                reaches = gradient * matrices.by_step(1, i, row, group) + q
                 reaching.put_step(reaches, row, i)
-                to_drive = to_drive + reaches * matrices.by_step(0, i, row, group)
+                drives = reaches * matrices.by_step(0, i, row, group)
                 passes = reaches * jnp.exp2(size * rate[first + i])
                 of_exponent = passes * previous(row, group, i)
-                to_step = to_step + of_exponent * A[first + i]
-                sums = replace(sums, i, sums[i] + of_exponent * size)
-                return replace(q, i, passes), sums, to_drive, to_step
+                to_drive = replace(to_drive, r, to_drive[r] + drives)
+                to_step = replace(to_step, r, to_step[r] + of_exponent * rate[first + i])
+                return passes, sums + of_exponent * size, to_drive, to_step
 
-            zeros = jnp.zeros_like(size)
-            sofar = (
-                (of_driven.by_step(row, group), of_step.by_step(row, group))
-                if first
-                else (zeros, zeros)
-            )
-            *carried, to_drive, to_step = repeat(
-                block, plan.set_states, one_state, (*carry, *sofar)
-            )
-            of_driven.put_step(to_drive, row, group)
-            of_step.put_step(to_step, row, group)
-            return tuple(carried)
+            carry = (passed_on[first + i], of_A[first + i], *totals)
+            q, sums, *totals_ = sweep(block, one, carry, backward=True, count=plan.part)
+            passed_on[first + i], of_A[first + i] = q, sums
+            return tuple(totals_)
 
-        carry = (load_set(block, passed_on, first), load_set(block, of_A, first))
-        q, sums = sweep(block, one, carry, backward=True)
-        store_set(q, passed_on, first)
-        store_set(sums, of_A, first)
+        zeros = [jnp.zeros((plan.slots, LANES), jnp.float32)] * plan.part
+        none = zeros if plan.unrolled else jnp.stack(zeros)
+        to_drive, to_step = repeat(block, plan.set_states, one_state, (none, none))
+        for r in range(plan.part):
+            # `to_step` is in powers of two, as `rate` is.
+            for of, x in ((of_driven, to_drive[r]), (of_step, to_step[r] * math.log(2))):
+                x = x + of.by_step(start + r, group) if first else x
+                of.put_step(x, start + r, group)
+
+    def adjoint(first: int, group: Array) -> None:
+        """All that is known of 8 steps of a set once the recurrence has come to them."""
+        parts = SUBLANES // plan.part
+        if parts == 1:
+            differentiate(first, group, 0)
+        else:
+            block.in_order(parts, partial(differentiate, first, group), backward=True)
         sum_channels(first, group)
 
     def sum_channels(first: int, group: Array) -> None:
@@ -346,7 +351,7 @@ def _kernel(
         for i, x in enumerate(load_set(block, start_state, first)):
             states.put_step(x, last_row, first_place * plan.set_states + i)
         block.in_scan_order(partial(recompute, first))
-        block.in_scan_order(partial(differentiate, first), backward=True)
+        block.in_scan_order(partial(adjoint, first), backward=True)
     block.in_pieces(finish)
 
     @pl.when(turn == turns - 1)

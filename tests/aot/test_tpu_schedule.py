@@ -70,6 +70,32 @@ def test_unknown_limit(dump):
         read_schedule(dump, "scan_forward")
 
 
+RAGGED_BLOCK = """
+   0x1 LB: > { %s9 = sphi %s11, %s12 }
+   0x2   : > { %s4229_s20 = ssub.s32 (%p7452_p11), 125, %s7665_s13 }
+   0x3   : > { %s10877_s20 = smov (!%p4230_p3, %s4229_s20), 24 }
+   0x4   : > { %s10435_s16 = sshrl.u32 (!%p6263_p12), %s10877_s20, 4 }
+   0x5 LB: >> { %v1 = vld [vmem:[%s72] sm:$0xff]  ;;  %s29 = sadd.s32 1, %s22 }
+   0x6   : >> { %p68 = scmp.ge.s32.totalorder %s67_s4, %s66  ;;  %s5 = sadd.s32 8, %s4 }
+   0x7   : >> { %p28 = scmp.ge.s32.totalorder %s29, %s10435_s16 }
+   0x8 PF: > { %s10508_s22 = sand.u32 15, %s10877_s20 /* smod.u32 w/div 16 */ }
+   0x9 LB: >> { %p83 = scmp.ge.s32.totalorder %s84, %s10508_s22 }
+   0xa   : >> { %4386 = sbr.rel (!%p83) target = $region707 }
+   0xb   : > { %p37 = scmp.ge.s32.totalorder %s40, 18 /* loop exit test */ }
+"""
+
+
+def test_counts_loops_that_copy_a_block_that_hangs_over(dump):
+    """The compiler's own: their limits are computed, at most 24 >> 4 and 15 times."""
+    for path in dump.glob("*-72-*"):
+        path.write_text(RAGGED_BLOCK)
+    assert read_schedule(dump, "scan_forward").loops == (
+        Loop(depth=1, trips=18, bundles=6, spills=0, innermost=False),
+        Loop(depth=2, trips=1, bundles=3, spills=0, innermost=True),
+        Loop(depth=2, trips=15, bundles=2, spills=0, innermost=True),
+    )
+
+
 def test_no_schedule(dump):
     with pytest.raises(ScheduleError, match="no final schedule of a kernel 'scan'"):
         read_schedule(dump, "scan")

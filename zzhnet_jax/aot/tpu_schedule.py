@@ -21,6 +21,12 @@ _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*([A-Z]{2})?\s*:\s*(>*)\s*\{(.*)
 _LOOP_BODY = "LB"
 _TOTAL = re.compile(r"total scheduled bundles:\s*(\d+)")
 _LIMIT = re.compile(r"= scmp\.ge\.s32\.totalorder [^;]*?, (\d+) /\* loop exit test \*/")
+# The compiler copies a block that hangs over the end of its array in loops of its own: as many rows
+# as there are, at most those of the block, 16 at a time and the rest one by one.
+_COMPUTED_LIMIT = re.compile(r"= scmp\.ge\.s32\.totalorder [^;]*?, (%s\w+)")
+_CAPPED = re.compile(r"(%s\w+) = smov \([^;]*?\), (\d+)")
+_REST = re.compile(r"(%s\w+) = sand\.u32 (?:\([^;]*?\), )?(\d+),")
+_SHIFTED = re.compile(r"(%s\w+) = sshrl\.u32 (?:\([^;]*?\), )?(%s\w+), (\d+)")
 _SPILLED = re.compile(r"\bv\w+ = vld [^;]*_spill\]|\bvst [^;]*_spill\]")
 
 
@@ -34,7 +40,7 @@ class Loop:
 
     Attributes:
       depth: 1 for the loop over the grid, more for loops inside.
-      trips: how often it runs each time it is entered.
+      trips: how often it runs each time it is entered; at most, if that is computed.
       bundles: bundles of one iteration, without those of loops inside.
       spills: vector registers written to memory and read back in it for want of registers.
       innermost: whether it has no loop inside.
@@ -132,6 +138,8 @@ def parse_schedule(kernel: str, analysis: str, bundles: str) -> TpuSchedule:
         raise ScheduleError(f"the schedule analysis of {kernel!r} gives no total of bundles")
     loops: list[Loop] = []
     path: list[int] = []  # indices of the loops that the current line is in
+    most: dict[str, int] = {}  # of registers
+    computed: dict[int, int] = {}  # trips of loops, at most
     for line in bundles.splitlines():
         match = _BUNDLE.match(line)
         if not match:
@@ -152,9 +160,23 @@ def parse_schedule(kernel: str, analysis: str, bundles: str) -> TpuSchedule:
             untested = [i for i in path if not loops[i].trips]
             if untested:
                 loops[untested[-1]] = replace(loops[untested[-1]], trips=int(limit))
+        _bound_registers(text, most)
+        for register in _COMPUTED_LIMIT.findall(text) if depth else ():
+            if register in most:
+                computed[path[-1]] = most[register]
+    loops = [replace(x, trips=x.trips or computed.get(i, 0)) for i, x in enumerate(loops)]
     if any(loop.trips == 0 for loop in loops):
         raise ScheduleError(f"the schedule of {kernel!r} has a loop without a constant limit")
     return TpuSchedule(kernel=kernel, bundles=int(total[1]), loops=tuple(loops))
+
+
+def _bound_registers(text: str, most: dict[str, int]) -> None:
+    """Adds the registers that the instructions of a bundle leave with a known upper bound."""
+    for register, bound in _CAPPED.findall(text) + _REST.findall(text):
+        most[register] = int(bound)
+    for register, source, bits in _SHIFTED.findall(text):
+        if source in most:
+            most[register] = most[source] >> int(bits)
 
 
 def bundles_per_step(
