@@ -15,8 +15,8 @@ from .partition import varying_alike
 
 
 def heuristic_tile(n: int) -> Tile:
-    """The tile for n states; with more than one, 64 steps need more registers than there are."""
-    return Tile(64 if n == 1 else 32)
+    """The tile for n states; with more than one, 64 steps or 4 warps need too many registers."""
+    return Tile(64) if n == 1 else Tile(32, warps=8)
 
 
 class Launch(NamedTuple):
