@@ -168,7 +168,8 @@ def _raise_steps(
     to move the routes to the front and the result back.
     """
     together = low.reshape(*low.shape[:3], -1)
-    delta = matmul(together, jax.scipy.linalg.block_diag(*dt_proj))
+    diagonal = jnp.eye(len(dt_proj), dtype=dt_proj.dtype)[:, None, :, None] * dt_proj[:, :, None, :]
+    delta = matmul(together, diagonal.reshape(together.shape[-1], -1))
     return delta.reshape(*low.shape[:4], -1)
 
 

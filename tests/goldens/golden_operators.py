@@ -178,7 +178,7 @@ def run_ss2d(case: Case) -> None:
 def run_vssblock(case: Case) -> None:
     c, dialect = case.config, DIALECTS[case.config["lib"]]
     config = block_config(c, dialect)
-    build = partial(VSSBlock, c["hidden_dim"], config, drop_path=c["drop_path"])
+    build = partial(VSSBlock, c["hidden_dim"], config)
     layout = "bchw" if c["channel_first"] else "bhwc"
     rules = vssm_names.block_rules(config, dialect)
     check_module(case, lambda rngs: build(rngs=rngs), rules, single_image(layout))

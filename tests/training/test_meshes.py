@@ -13,11 +13,16 @@ MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "data=4,spatial=2"]
 
 
 @pytest.mark.parametrize("network", ["mambabcd", "zzhnet"])
-def test_every_mesh_trains_as_one_device_does(network, run_small, tmp_path):
-    """One test a network: its programs take minutes to compile, which workers should not repeat."""
-    process = run_small(tmp_path / "out.json", network, devices=8, script=_SCRIPT)
-    assert process.returncode == 0, process.stderr[-2000:]
-    found = json.loads((tmp_path / "out.json").read_text())
+def test_every_mesh_trains_as_one_device_does(network, start_small, tmp_path):
+    outs = {parts: tmp_path / f"{parts}.json" for parts in (1, 4)}
+    started = [
+        start_small(out, network, parts, devices=8, script=_SCRIPT) for parts, out in outs.items()
+    ]
+    found = {}
+    for process, out in zip(started, outs.values(), strict=True):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-2000:]
+        found |= json.loads(out.read_text())
     for parts in (1, 4):
         one = found[f"one x{parts}"]["losses"]
         assert len(one) == 20 and one[-1] < one[0]

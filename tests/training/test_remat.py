@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from zzhnet_jax.models import functional
+from zzhnet_jax.models.blocks import block_mode, call_block
 from zzhnet_jax.models.vssm.config import BlockConfig, SS2DConfig
 from zzhnet_jax.models.vssm.vssm import VSSBlock
 
@@ -21,9 +22,9 @@ def loss(block, policy):
     graphdef, params, stats = block
 
     def value(params, x):
-        with functional.remat_policy(policy):
+        with block_mode(remat=policy, loops=False):
             module = functional.merge(graphdef, params, stats)
-            y = functional.call_block(module, x, remat=False)
+            y = call_block(module, x, remat=False)
         return jnp.sum(jnp.sin(y))
 
     return value, params

@@ -4,26 +4,14 @@ Training, conversion and checkpoints only ever see `(params, batch_stats)`: nest
 Everything that depends on the version of Flax stands here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import partial
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 Tree = dict[str, Any]
 Build = Callable[[nnx.Rngs], nnx.Module]
-
-RematPolicy = Literal["none", "blocks", "blocks+scan", "offload"]
-
-# What scans keep for their gradient carries the second of these names, see `kernels`.
-_BLOCK_INPUT, _SCAN_STATES = "block_input", "scan_states"
-
-_remat_policy: ContextVar[RematPolicy | None] = ContextVar("remat_policy", default=None)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
@@ -111,101 +99,3 @@ class _Keys:
 
 def _rngs(key: jax.Array) -> nnx.Rngs:
     return cast(nnx.Rngs, _Keys(key))
-
-
-@contextmanager
-def remat_policy(policy: RematPolicy | None) -> Iterator[None]:
-    """Networks traced inside keep for the backward pass what `policy` says; None leaves it to them.
-
-    "none" keeps everything. The others keep the input of every block and compute the rest again:
-    "blocks" except the scans, "blocks+scan" these too, "offload" as well, with the inputs waiting
-    in the host's memory.
-    """
-    token = _remat_policy.set(policy)
-    try:
-        yield
-    finally:
-        _remat_policy.reset(token)
-
-
-def call_block(
-    block: nnx.Module, x: jax.Array, key: jax.Array | None = None, *, remat: bool
-) -> jax.Array:
-    """Calls `block(x, key=key)` under the remat policy in force.
-
-    Args:
-      block: a part of a network that gives one array.
-      x: its input.
-      key: random key, or None.
-      remat: what the network's own config wants where no policy is in force.
-
-    Returns:
-      What a plain call gives; batch statistics are updated as in one.
-    """
-    policy = _remat_policy.get() or ("blocks+scan" if remat else "none")
-    if policy == "none":
-        return cast(Any, block)(x, key=key)
-    graphdef, params, stats = split(block)
-
-    @partial(jax.checkpoint, policy=_what_to_keep(policy))
-    def run(
-        params: Tree, stats: Tree, x: jax.Array, key: jax.Array | None
-    ) -> tuple[jax.Array, Tree]:
-        inner = merge(graphdef, params, stats)
-        y = inner(checkpoint_name(x, _BLOCK_INPUT), key=key)
-        return y, nnx.to_pure_dict(nnx.state(inner, nnx.BatchStat))
-
-    y, stats = run(params, stats, x, key)
-    if stats:
-        nnx.update(block, stats)
-    return y
-
-
-def _what_to_keep(policy: RematPolicy) -> Callable[..., Any] | None:
-    """The policy in the form in which `jax.checkpoint` takes it."""
-    policies = jax.checkpoint_policies
-    if policy == "blocks":
-        return policies.save_only_these_names(_SCAN_STATES)
-    if policy == "offload":
-        return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[_BLOCK_INPUT],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    return None
-
-
-def apply_each(
-    modules: Sequence[nnx.Module], x: jax.Array, key: jax.Array | None = None
-) -> jax.Array:
-    """Calls module i on x[i], all of them as one vectorised computation.
-
-    For modules of one structure with weights of their own. The program holds the computation once,
-    so it compiles in the time of one module. Batch statistics are updated as in plain calls.
-
-    Args:
-      modules: m of them, equal but for their weights.
-      x: inputs, stacked along a first axis of size m.
-      key: random key, or None; each module gets one of its own.
-
-    Returns:
-      The outputs, stacked alike.
-    """
-    parts = [split(module) for module in modules]
-    graphdef = parts[0][0]
-    params, stats = (
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-        for trees in ([part[1] for part in parts], [part[2] for part in parts])
-    )
-    keys = None if key is None else jax.random.split(key, len(modules))
-
-    def run(params: Tree, stats: Tree, x: jax.Array, key: jax.Array | None) -> Any:
-        inner = merge(graphdef, params, stats)
-        return inner(x, key=key), nnx.to_pure_dict(nnx.state(inner, nnx.BatchStat))
-
-    y, stats = jax.vmap(run)(params, stats, x, keys)
-    if stats:
-        for i, module in enumerate(modules):
-            nnx.update(module, jax.tree.map(lambda leaf, i=i: leaf[i], stats))
-    return y

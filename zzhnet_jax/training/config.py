@@ -14,7 +14,7 @@ import tyro
 
 from zzhnet_jax.data.config import DataConfig
 from zzhnet_jax.errors import ConfigError
-from zzhnet_jax.models.functional import RematPolicy
+from zzhnet_jax.models.blocks import RematPolicy
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

@@ -26,7 +26,7 @@ from .checkpoints import Checkpoints, Progress, is_full_disk
 from .config import ExperimentConfig
 from .environment import enable_compilation_cache
 from .logging import MetricsLog, NoLog, ProgressDisplay, StepTimer
-from .processes import is_first, meet, others_alive
+from .processes import is_first, meet, others_alive, steps_may_overlap
 from .profiling import Profiler
 from .program import Program, model_builder
 from .record import describe_run, report_best, write_summary
@@ -228,6 +228,8 @@ class Trainer:
             state, metrics = train_step(state, batch, key)
             self._settle()
             self._pending = step, names, metrics
+            if not steps_may_overlap():
+                self._settle()
             last = step == plan.steps
             due = last or step % plan.validate_every == 0
             if due or step % plan.checkpoint_every == 0 or self._stopping:

@@ -67,9 +67,9 @@ class Packing:
         self._paths = [jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in leaves]
 
         # Differentiating slices would add up as many padded vectors; the transpose is just `pack`.
-        self._unpack = jax.custom_vjp(self._split)
+        self._unpack = jax.custom_vjp(self._parts)
         self._unpack.defvjp(
-            lambda packed: (self._split(packed), None), lambda _, g: (self.pack(g),)
+            lambda packed: (self._parts(packed), None), lambda _, g: (self.pack(g),)
         )
 
     def pack(self, tree: Any) -> Packed:
@@ -99,13 +99,22 @@ class Packing:
 
     def unpack_on_host(self, packed: Packed) -> Any:
         """The tree of numpy arrays, without compiling anything; `packed` is on this host."""
-        return self._split(jax.device_get(packed))
+        return self._shaped(self._cut(jax.device_get(packed)))
 
-    def _split(self, packed: Packed) -> Any:
-        leaves = [
-            packed[slot.part].reshape(-1)[slot.start : slot.start + slot.size].reshape(slot.shape)
+    def _parts(self, packed: Packed) -> Any:
+        # Else XLA for TPUs gives the whole vector the shape of a part, and then cuts that: it takes
+        # lanes of 128 for a last axis of 2, and a minute to compile.
+        return self._shaped(jax.lax.optimization_barrier(self._cut(packed)))
+
+    def _cut(self, packed: Packed) -> list[Any]:
+        """The elements of each parameter."""
+        return [
+            packed[slot.part][slot.start : slot.start + slot.size]
             if slot.size < LARGE
             else packed[slot.part]
             for slot in self._slots
         ]
+
+    def _shaped(self, parts: list[Any]) -> Any:
+        leaves = [part.reshape(slot.shape) for part, slot in zip(parts, self._slots, strict=True)]
         return jax.tree.unflatten(self._structure, leaves)

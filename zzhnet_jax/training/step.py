@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from zzhnet_jax.models import functional
+from zzhnet_jax.models.blocks import RematPolicy, block_mode
 from zzhnet_jax.models.placement import placed
 
 from .config import LossConfig
@@ -61,7 +62,7 @@ def lower_train_step(
     ema_decay: float,
     rules: ShardingRules = DEFAULT_RULES,
     accumulation: int = 1,
-    remat: functional.RematPolicy | None = None,
+    remat: RematPolicy | None = None,
 ) -> jax.stages.Lowered:
     """Traces the step for one shape of batch; a batch of another shape will be an error.
 
@@ -102,7 +103,7 @@ def lower_train_step(
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         examples = {name: batch[name] for name in ("pre", "post", "label")}
-        with placed(placement(mesh, rules)), functional.remat_policy(remat):
+        with placed(placement(mesh, rules)), block_mode(remat=remat, loops=True):
             total, terms, batch_stats, gradient = loss_and_gradient(
                 forward, loss, state.params, state.batch_stats, examples, key,
                 parts=accumulation, place=place,

@@ -68,16 +68,17 @@ def test_layer_norm_keeps_precision_far_from_zero():
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    drop = DropPath(0.25)
+    drop = DropPath()
     x = jnp.ones((4000, 2, 1))
-    assert drop(x) is x  # evaluation
+    assert drop(x, 0.25) is x  # evaluation
     drop.train()
-    y = np.asarray(drop(x, key=jax.random.key(0)))
+    assert drop(x, 0.0) is x
+    y = np.asarray(drop(x, 0.25, key=jax.random.key(0)))
     assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
     assert (y[:, 0] == y[:, 1]).all()
     assert abs(y.mean() - 1) < 0.03
     with pytest.raises(ValueError, match="key="):
-        drop(x)
+        drop(x, 0.25)
 
 
 def test_dropout_drops_single_values():

@@ -9,8 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from zzhnet_jax.models.blocks import call_block
 from zzhnet_jax.models.changemamba.config import Arrangement, ChangeMambaConfig
-from zzhnet_jax.models.functional import call_block
 from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm import VSSBlock
 from zzhnet_jax.models.vssm.layers import BatchNorm, fold_key, make_conv, make_linear
@@ -61,18 +61,18 @@ class DecoderBlock(nnx.Module):
         self.block = VSSBlock(
             config.decoder_width,
             config.encoder.block,
-            drop_path=config.decoder_drop_path,
             linear_init="uniform",
             dtype=jnp.dtype(config.encoder.dtype),
             rngs=rngs,
         )
         self.remat = config.encoder.block.remat
+        self.drop_path_rate = config.decoder_drop_path
 
     def __call__(
         self, x: Float[Array, "b h w d"], *, key: jax.Array | None
     ) -> Float[Array, "b h w d"]:
         """Applies the block."""
-        return call_block(self.block, x, key, remat=self.remat)
+        return call_block(self.block, x, key, remat=self.remat, drop_path=self.drop_path_rate)
 
 
 def arrange(

@@ -159,17 +159,32 @@ def make_norm(
     return nnx.LayerNorm(d, epsilon=_EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
+def _drop(x: Array, rate: float | Array, key: jax.Array | None, shape: Sequence[int]) -> Array:
+    """Sets values to 0 at random and scales the rest by 1 / (1 - rate).
+
+    Args:
+      x: values.
+      rate: share that is dropped; the number 0 drops nothing and needs no key.
+      key: random key.
+      shape: of the random choice, which is broadcast.
+    """
+    if isinstance(rate, float | int) and rate == 0:
+        return x
+    if key is None:
+        raise ValueError(f"training mode with drop rate {rate} needs key=")
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
 class Dropout(nnx.Module):
     """Sets values to 0 at random in training mode and scales the rest by 1 / (1 - rate).
 
     Args:
       rate: share of values dropped.
-      per_sample: drops whole samples: stochastic depth of a residual branch.
     """
 
-    def __init__(self, rate: float, *, per_sample: bool = False) -> None:
+    def __init__(self, rate: float) -> None:
         self.rate = rate
-        self.per_sample = per_sample
         self.deterministic = True
 
     def __call__(self, x: Array, *, key: jax.Array | None = None) -> Array:
@@ -178,20 +193,28 @@ class Dropout(nnx.Module):
         Raises:
           ValueError: in training mode with a rate above 0 and no key.
         """
-        if self.deterministic or self.rate == 0:
-            return x
-        if key is None:
-            raise ValueError(f"training mode with drop rate {self.rate:g} needs key=")
-        shape: Sequence[int] = x.shape[:1] + (1,) * (x.ndim - 1) if self.per_sample else x.shape
-        keep = jax.random.bernoulli(key, 1 - self.rate, shape)
-        return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype))
+        return x if self.deterministic else _drop(x, self.rate, key, x.shape)
 
 
-class DropPath(Dropout):
-    """Stochastic depth: drops a residual branch of whole samples."""
+class DropPath(nnx.Module):
+    """Stochastic depth: drops a residual branch of whole samples in training mode.
 
-    def __init__(self, rate: float) -> None:
-        super().__init__(rate, per_sample=True)
+    The rate is an argument of the call, so that blocks of a stage differ in their weights alone.
+    """
+
+    def __init__(self) -> None:
+        self.deterministic = True
+
+    def __call__(
+        self, x: Float[Array, "b *c"], rate: float | Array, *, key: jax.Array | None = None
+    ) -> Float[Array, "b *c"]:
+        """Drops.
+
+        Raises:
+          ValueError: in training mode with a rate above 0 and no key.
+        """
+        shape = x.shape[:1] + (1,) * (x.ndim - 1)
+        return x if self.deterministic else _drop(x, rate, key, shape)
 
 
 class Mlp(nnx.Module):

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from zzhnet_jax.errors import ConfigError
-from zzhnet_jax.models.functional import call_block
+from zzhnet_jax.models.blocks import call_blocks
 from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.config import BlockConfig, SS2DConfig, VSSMConfig
 from zzhnet_jax.models.vssm.initializers import LinearInit, truncated_normal
@@ -47,7 +47,6 @@ class VSSBlock(nnx.Module):
     Args:
       d_model: width.
       config: its fields.
-      drop_path: rate at which each residual branch is dropped, per sample.
       linear_init: initial values of its linear layers; VMamba's hierarchy and the decoders of
         ChangeMamba differ here.
       dtype: compute type.
@@ -59,7 +58,6 @@ class VSSBlock(nnx.Module):
         d_model: int,
         config: BlockConfig,
         *,
-        drop_path: float = 0.0,
         linear_init: LinearInit = "truncated_normal",
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -81,13 +79,17 @@ class VSSBlock(nnx.Module):
         self.op = op() if has_ssm else None
         self.norm2 = norm() if has_mlp else None
         self.mlp = mlp() if has_mlp else None
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath()
         self.post_norm = config.post_norm
 
     def __call__(
-        self, x: Float[Array, "b h w d_model"], *, key: jax.Array | None = None
+        self,
+        x: Float[Array, "b h w d_model"],
+        *,
+        key: jax.Array | None = None,
+        drop_path: float | Array = 0.0,
     ) -> Float[Array, "b h w d_model"]:
-        """Applies the block."""
+        """Applies the block; in training drops each residual branch of a sample at a rate."""
         for i, (norm, branch) in enumerate(((self.norm, self.op), (self.norm2, self.mlp))):
             if norm is None or branch is None:
                 continue
@@ -97,7 +99,7 @@ class VSSBlock(nnx.Module):
                 if self.post_norm
                 else branch(norm(x), key=branch_key)
             )
-            x = x + self.drop_path(y, key=fold_key(key, 2 * i + 1))
+            x = x + self.drop_path(y, drop_path, key=fold_key(key, 2 * i + 1))
             x = constrain(x, "batch rows columns channels")
         return x
 
@@ -116,11 +118,9 @@ class Stage(nnx.Module):
     ) -> None:
         dtype = jnp.dtype(config.dtype)
         self.blocks = nnx.List(
-            [
-                VSSBlock(d_model, config.block, drop_path=rate, dtype=dtype, rngs=rngs)
-                for rate in drop_path_rates
-            ]
+            [VSSBlock(d_model, config.block, dtype=dtype, rngs=rngs) for _ in drop_path_rates]
         )
+        self.drop_path_rates = tuple(drop_path_rates)
         version, norm = config.downsample_version, config.block.norm
         self.downsample = (
             None
@@ -133,8 +133,7 @@ class Stage(nnx.Module):
         self, x: Float[Array, "b h w d_model"], *, key: jax.Array | None = None
     ) -> tuple[Float[Array, "b h w d_model"], Array]:
         """The blocks' output, and that downsampled (the same array in the last stage)."""
-        for i, block in enumerate(self.blocks):
-            x = call_block(block, x, fold_key(key, i), remat=self.remat)
+        x = call_blocks(self.blocks, x, key, drop_path=self.drop_path_rates, remat=self.remat)
         return x, x if self.downsample is None else self.downsample(x)
 
 

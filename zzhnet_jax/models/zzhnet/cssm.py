@@ -131,14 +131,15 @@ class CSSM(nnx.Module):
         hidden = int(max(config.mlp_ratio, 1.0) * d_model)
         self.mlp = mlp(d_model, hidden, activation=config.mlp_activation, **kwargs)
         self.mlp_scale = nnx.Param(jnp.full(d_model, _INITIAL_SCALE, jnp.float32))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath()
+        self.drop_path_rate = drop_path
 
     def __call__(
         self, x: Float[Array, "2b h w d_model"], *, key: jax.Array | None = None
     ) -> Float[Array, "2b h w d_model"]:
         """Applies the block to both dates of a batch made by `join_dates`."""
         y = self.scan(self.norm(x)) * self.scan_scale[...].astype(x.dtype)
-        x = x + self.drop_path(y, key=fold_key(key, 0))
+        x = x + self.drop_path(y, self.drop_path_rate, key=fold_key(key, 0))
         y = self.mlp(self.norm2(x), key=fold_key(key, 1)) * self.mlp_scale[...].astype(x.dtype)
-        x = x + self.drop_path(y, key=fold_key(key, 2))
+        x = x + self.drop_path(y, self.drop_path_rate, key=fold_key(key, 2))
         return constrain(x, "batch rows columns channels")

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from zzhnet_jax.models.blocks import call_block, call_blocks, call_each
 from zzhnet_jax.models.dates import join_dates, split_dates
-from zzhnet_jax.models.functional import apply_each, call_block
 from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.layers import Downsample, PatchEmbed, fold_key
 from zzhnet_jax.models.vssm.vssm import VSSBlock
@@ -46,11 +46,9 @@ class Stage(nnx.Module):
         )
         total, first = sum(config.depths), sum(config.depths[:stage])
         rates = [config.drop_path_rate * (first + i) / max(total - 1, 1) for i in range(total)]
+        self.drop_path_rates = tuple(rates[first : first + config.depths[stage]])
         self.blocks = nnx.List(
-            [
-                VSSBlock(d, config.block, drop_path=rates[i], dtype=dtype, rngs=rngs)
-                for i in range(config.depths[stage])
-            ]
+            [VSSBlock(d, config.block, dtype=dtype, rngs=rngs) for _ in self.drop_path_rates]
         )
         self.remat = config.block.remat
 
@@ -59,9 +57,7 @@ class Stage(nnx.Module):
     ) -> Float[Array, "b h2 w2 d"]:
         """Applies the stage."""
         x = x if self.downsample is None else self.downsample(x)
-        for i, block in enumerate(self.blocks):
-            x = call_block(block, x, fold_key(key, i), remat=self.remat)
-        return x
+        return call_blocks(self.blocks, x, key, drop_path=self.drop_path_rates, remat=self.remat)
 
 
 class ZZHNet(nnx.Module):
@@ -186,7 +182,7 @@ class ZZHNet(nnx.Module):
             x = self.shared_stages[stage](x, key=fold_key(key, 0))
         else:
             dates = [self.pre_stages[own], self.post_stages[own]]
-            x = join_dates(*apply_each(dates, jnp.stack(split_dates(x)), fold_key(key, 0)))
+            x = join_dates(*call_each(dates, jnp.stack(split_dates(x)), fold_key(key, 0)))
         if stage in self.config.cssm_stages:
             block = self.cssm[sorted(self.config.cssm_stages).index(stage)]
             x = call_block(block, x, fold_key(key, 1), remat=self.config.block.remat)
