@@ -43,7 +43,7 @@ test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-mesh: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m mesh
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m mesh
 
 test-kernels: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m accelerator
