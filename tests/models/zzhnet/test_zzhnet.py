@@ -315,3 +315,12 @@ def test_group_norm_is_over_pixels_and_groups_of_one_sample(channels, count):
     deviation = np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
     expected = ((groups - mean) / deviation).reshape(x.shape)
     np.testing.assert_allclose(norm(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_drop_path_rates_grow_linearly_over_all_stages():
+    config = dataclasses.replace(SMALL, depths=(1, 2, 1, 1), drop_path_rate=0.4)
+    model = nnx.eval_shape(lambda: ZZHNet(config, rngs=nnx.Rngs(0)))
+    shared = [rate for stage in model.shared_stages for rate in stage.drop_path_rates]
+    for own in (model.pre_stages, model.post_stages):
+        rates = shared + [rate for stage in own for rate in stage.drop_path_rates]
+        np.testing.assert_allclose(rates, [0.0, 0.1, 0.2, 0.3, 0.4])

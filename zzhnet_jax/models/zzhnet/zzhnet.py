@@ -45,8 +45,10 @@ class Stage(nnx.Module):
             else None
         )
         total, first = sum(config.depths), sum(config.depths[:stage])
-        rates = [config.drop_path_rate * (first + i) / max(total - 1, 1) for i in range(total)]
-        self.drop_path_rates = tuple(rates[first : first + config.depths[stage]])
+        self.drop_path_rates = tuple(
+            config.drop_path_rate * i / max(total - 1, 1)
+            for i in range(first, first + config.depths[stage])
+        )
         self.blocks = nnx.List(
             [VSSBlock(d, config.block, dtype=dtype, rngs=rngs) for _ in self.drop_path_rates]
         )
