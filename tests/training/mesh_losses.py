@@ -43,7 +43,8 @@ NETWORKS = {
     "mambabcd": ModelSpec(
         "mambabcd_tiny",
         overrides={
-            "encoder": {"depths": (1, 1), "dims": 8, "drop_path_rate": 0.0},
+            # Four blocks are a loop.
+            "encoder": {"depths": (1, 4), "dims": 8, "drop_path_rate": 0.0},
             "decoder_width": 8,
             "decoder_drop_path": 0.0,
             "arrangements": ("interleave",),

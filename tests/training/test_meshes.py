@@ -18,10 +18,10 @@ def test_every_mesh_trains_as_one_device_does(network, start_small, tmp_path):
     started = [
         start_small(out, network, parts, devices=8, script=_SCRIPT) for parts, out in outs.items()
     ]
+    ends = [(process.communicate()[1], process.returncode) for process in started]
+    assert all(code == 0 for _, code in ends), [errors[-2000:] for errors, _ in ends]
     found = {}
-    for process, out in zip(started, outs.values(), strict=True):
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors[-2000:]
+    for out in outs.values():
         found |= json.loads(out.read_text())
     for parts in (1, 4):
         one = found[f"one x{parts}"]["losses"]

@@ -99,22 +99,27 @@ class Packing:
 
     def unpack_on_host(self, packed: Packed) -> Any:
         """The tree of numpy arrays, without compiling anything; `packed` is on this host."""
-        return self._shaped(self._cut(jax.device_get(packed)))
+        packed = jax.device_get(packed)
+        return self._shaped(self._cut(packed), packed)
 
     def _parts(self, packed: Packed) -> Any:
         # Else XLA for TPUs gives the whole vector the shape of a part, and then cuts that: it takes
         # lanes of 128 for a last axis of 2, and a minute to compile.
-        return self._shaped(jax.lax.optimization_barrier(self._cut(packed)))
+        return self._shaped(jax.lax.optimization_barrier(self._cut(packed)), packed)
 
     def _cut(self, packed: Packed) -> list[Any]:
-        """The elements of each parameter."""
+        """The elements of each small parameter."""
         return [
             packed[slot.part][slot.start : slot.start + slot.size]
-            if slot.size < LARGE
-            else packed[slot.part]
             for slot in self._slots
+            if slot.size < LARGE
         ]
 
-    def _shaped(self, parts: list[Any]) -> Any:
-        leaves = [part.reshape(slot.shape) for part, slot in zip(parts, self._slots, strict=True)]
+    def _shaped(self, small: list[Any], packed: Packed) -> Any:
+        """All parameters, from the elements of the small ones and the packed form of the rest."""
+        pieces = iter(small)
+        leaves = [
+            next(pieces).reshape(slot.shape) if slot.size < LARGE else packed[slot.part]
+            for slot in self._slots
+        ]
         return jax.tree.unflatten(self._structure, leaves)
