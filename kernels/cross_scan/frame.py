@@ -1,7 +1,8 @@
-"""What the fused TPU kernels work on: sizes, blocks, and the arguments arranged for them."""
+"""What the fused kernels work on: its sizes, and what TPUs cut and arrange of it."""
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -19,8 +20,8 @@ SMALLEST_VMEM = 2**24  # TPU v4's
 class Frame(NamedTuple):
     """Sizes of a fused scan, and how its arrays are cut in blocks.
 
-    The kernels see an image as a matrix with a row per pixel (l = h * w), and run over a grid of
-    images, tiles of channels and routes.
+    The kernels see an image as a matrix with a row per pixel (l = h * w); on TPUs they run over a
+    grid of images, tiles of channels and routes.
 
     Attributes:
       batch: images.
@@ -143,6 +144,19 @@ class Frame(NamedTuple):
     def lines_bytes(self) -> int:
         """VMEM of an array with one row per line and state."""
         return self.states * self.lines * LANES * 4
+
+
+def frame_of(
+    u: Array | jax.ShapeDtypeStruct,
+    states: int,
+    pattern: ScanPattern,
+    *,
+    delta_softplus: bool = True,
+    interpret: Any = False,
+) -> Frame:
+    """The frame of a scan of an image u, (b, h, w, d)."""
+    b, h, w, d = u.shape
+    return Frame(b, h, w, d, states, pattern, delta_softplus, interpret)
 
 
 def round_up_to(size: int, multiple: int) -> int:

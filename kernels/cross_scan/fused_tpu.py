@@ -21,8 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from ..matmul import matmul
 from ..selective_scan.base import output, step_size
-from .frame import ROUTES, SPARE_VMEM, Frame, Inputs, compiler_params, input_blocks
+from .frame import ROUTES, SPARE_VMEM, Frame, arrange, compiler_params, input_blocks
 from .patterns import add_up
 from .walks import (
     LINES,
@@ -37,18 +38,47 @@ from .walks import (
     zeros,
 )
 
+MAX_STATES = 16  # as many states of a group of lines as the registers hold
 
-def forward(frame: Frame, inputs: Inputs) -> list[Array]:
+
+def step_sizes(
+    delta: Float[Array, "b h w 4 d"] | Float[Array, "b h w 4 r"],
+    dt_proj: Float[Array, "4 r d"] | None,
+) -> list[Float[Array, "b h w 4 d"]]:
+    """Step sizes of all routes in image layout, before bias and softplus.
+
+    One product with a block-diagonal matrix: it multiplies zeros, but a batched product would have
+    to move the routes to the front and the result back.
+    """
+    if dt_proj is None:
+        return [delta]
+    together = delta.reshape(*delta.shape[:3], -1)
+    diagonal = jnp.eye(ROUTES, dtype=dt_proj.dtype)[:, None, :, None] * dt_proj[:, :, None, :]
+    raised = matmul(together, diagonal.reshape(together.shape[-1], -1))
+    return [raised.reshape(*delta.shape[:4], -1)]
+
+
+def kept_shape(frame: Frame) -> tuple[int, ...]:
+    """Shape of the states that are kept: those before each line of each route."""
+    return frame.starts_shape
+
+
+def forward(frame: Frame, *arrays: Array) -> list[Array]:
     """Runs the forward kernel.
 
+    Args:
+      frame: sizes of the scan.
+      arrays: u, delta, A, B, C, D and delta_bias of `selective_scan_2d`.
+
     Returns:
-      y (b, l, d) in u's dtype, and the state before each line of each route, float32, of
-      `frame.starts_shape`: less than a hundredth of what is read where lines have 50 pixels.
+      y in u's dtype, and the states before each line of each route, float32, of `kept_shape`: less
+      than a hundredth of what is read where lines have 50 pixels.
     """
+    inputs = arrange(frame, *arrays)
     narrow = [x.dtype != jnp.float32 for x in (inputs.u, inputs.delta, inputs.u)]
     scratch = [frame.per_pixel(), frame.per_line()]
     scratch += [frame.per_pixel() for is_narrow in narrow if is_narrow]
-    return pl.pallas_call(
+    y, starts = pl.pallas_call(
         partial(_kernel, frame, narrow),
         grid=frame.grid,
         in_specs=list(input_blocks(frame)),
@@ -62,6 +92,7 @@ def forward(frame: Frame, inputs: Inputs) -> list[Array]:
         interpret=frame.interpret,
         name="selective_scan_2d",
     )(*inputs)
+    return [y.reshape(arrays[0].shape), starts]
 
 
 def forward_vmem(frame: Frame, narrow: int = 0) -> int:

@@ -27,7 +27,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from ..selective_scan.base import output
-from .frame import LANES, ROUTES, SPARE_VMEM, Frame, Inputs, compiler_params, input_blocks
+from .frame import (
+    LANES,
+    ROUTES,
+    SPARE_VMEM,
+    Frame,
+    arrange,
+    compiler_params,
+    input_blocks,
+    join_routes,
+)
 from .fused_tpu import RouteRefs, find_steps
 from .walks import (
     LINES,
@@ -64,15 +73,21 @@ class Gradients(NamedTuple):
     direct: Any
 
 
-def backward(frame: Frame, inputs: Inputs, starts: Array, y_gradient: Array) -> Gradients:
+def backward(frame: Frame, *arrays: Array) -> list[Array]:
     """Runs the backward kernel.
 
     Args:
-      frame: as in the forward kernel.
-      inputs: its inputs.
-      starts: the states that it kept.
-      y_gradient: gradient of y, (b, l, d), in u's dtype.
+      frame: sizes of the scan.
+      arrays: those of the forward kernel, the states that it kept, and the gradient of y.
+
+    Returns:
+      Gradients of u and delta, in their shapes and dtypes; of B beside C, (b, h, w, 4, 2 n); of A,
+      transposed, and below it the bias, (b, 4, n + 1, d); and of D, alike for all routes,
+      (b, 1, d).
     """
+    *given, starts, y_gradient = arrays
+    image = given[0].shape
+    inputs = arrange(frame, *given)
     b, channels, u = frame.batch, frame.channels, inputs.u
     shapes = Gradients(
         u=output(u.shape, u.dtype, like=u),
@@ -105,8 +120,10 @@ def backward(frame: Frame, inputs: Inputs, starts: Array, y_gradient: Array) -> 
         compiler_params=compiler_params(backward_vmem(frame, sum(narrow)), channels_parallel=False),
         interpret=frame.interpret,
         name="selective_scan_2d_gradient",
-    )(*inputs, starts, y_gradient)
-    return Gradients(*results)
+    )(*inputs, starts, y_gradient.reshape(inputs.u.shape))
+    of = Gradients(*results)
+    matrices = of.matrices.reshape(*image[:3], ROUTES, -1)
+    return [of.u.reshape(image), join_routes(frame, of.delta), matrices, of.weights, of.direct]
 
 
 def backward_vmem(frame: Frame, narrow: int = 0) -> int:

@@ -1,6 +1,6 @@
 """The two-dimensional selective scan: four routes through an image, scanned and summed.
 
-Either one kernel goes along all four routes (see `fused.py`), or each route is a scan of its own.
+Either kernels read all four routes in place (see `fused.py`), or each route is a scan of its own.
 Then too all arguments stay in image layout and a backward route is a scan with `reverse=True`, so
 that no flipped copy of the image is made, and of transposed ones only those of the column routes.
 """
@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from ..matmul import matmul
 from ..selective_scan import ShapeError, selective_scan
 from ..selective_scan.base import as_array, as_optional_array, expect_floating, expect_shape
 from .patterns import ScanPattern, add_up, flatten, routes_of, unflatten
+
+if TYPE_CHECKING:
+    from .fused_kernels import FusedName
 
 _NORM_EPSILON = 1e-5
 _log = logging.getLogger("zzhnet_jax")
@@ -75,8 +78,9 @@ def selective_scan_2d(
         operand is then made in the order in which it is read, and never turned or copied.
       delta_softplus: as in `selective_scan`.
       pattern: as in `cross_scan`.
-      implementation: as in `selective_scan`. "pallas_tpu", and None on a TPU, scan all routes in
-        one kernel if the pattern is not "cascade" and an image fits in the TPU's VMEM.
+      implementation: as in `selective_scan`. "pallas_tpu" and "pallas_gpu", and None on a TPU or a
+        CUDA device, read the routes in place and sum them there, if the pattern is not "cascade"
+        and, for a TPU, an image fits in its VMEM.
 
     Returns:
       The sum over the routes, taken in float32 at least, in u's dtype.
@@ -107,26 +111,32 @@ def selective_scan_2d(
     )
 
 
-def _where_fused(arrays: _Routes, pattern: ScanPattern, implementation: str | None) -> bool:
-    """Whether TPUs are to scan all routes in one kernel."""
-    if implementation not in (None, "pallas_tpu"):
-        return False
-    from . import fused  # Pallas takes long to import
+def _where_fused(
+    arrays: _Routes, pattern: ScanPattern, implementation: str | None
+) -> tuple["FusedName", ...]:
+    """The kernels that are to scan all routes, each on its platform."""
+    if implementation not in (None, "pallas_tpu", "pallas_gpu"):
+        return ()
+    from . import fused_kernels  # Pallas takes long to import
 
-    if implementation is not None and fused.unavailable() is not None:
-        return False  # the scan of a single route says why
     shape = (*arrays.delta.shape[:-1], arrays.u.shape[-1])
     delta = jax.ShapeDtypeStruct(shape, arrays.delta.dtype)
-    reason = fused.unsupported(arrays.u, delta, *arrays[2:-1], pattern=pattern)
-    _tell(reason)
-    return reason is None
+    chosen = []
+    for name, kernels in fused_kernels.KERNELS.items():
+        if implementation is not None and (implementation != name or kernels.unavailable()):
+            continue  # the scan of a single route says why
+        reason = fused_kernels.unsupported(name, arrays.u, delta, *arrays[2:-1], pattern=pattern)
+        _tell(name, reason)
+        if reason is None:
+            chosen.append(name)
+    return tuple(chosen)
 
 
 @functools.cache
-def _tell(reason: str | None) -> None:
+def _tell(name: str, reason: str | None) -> None:
     """Logs what was decided, the first time it is."""
-    what = "all routes in one kernel" if reason is None else f"each route by itself: {reason}"
-    _log.info("selective_scan_2d on a TPU runs %s", what)
+    what = "all routes in place" if reason is None else f"each route by itself: {reason}"
+    _log.info("selective_scan_2d with %s runs %s", name, what)
 
 
 @partial(jax.jit, static_argnames=("pattern", "delta_softplus", "implementation", "fuse"))
@@ -136,18 +146,15 @@ def _run(
     pattern: ScanPattern,
     delta_softplus: bool,
     implementation: str | None,
-    fuse: bool,
+    fuse: tuple["FusedName", ...],
 ) -> Float[Array, "b h w d"]:
     """The scan of validated arguments, of a pattern other than the cascade."""
 
-    def together(*arrays: Any) -> Float[Array, "b h w d"]:
+    def together(name: "FusedName", *arrays: Any) -> Float[Array, "b h w d"]:
         from .fused import fused_scan
 
-        routes = _Routes(*arrays)
-        if routes.dt_proj is not None:
-            routes = routes._replace(delta=_raise_steps(routes.delta, routes.dt_proj))
-        y = fused_scan(*routes[:-1], delta_softplus=delta_softplus, pattern=pattern)
-        return y.astype(routes.u.dtype)
+        y = fused_scan(*arrays, name=name, delta_softplus=delta_softplus, pattern=pattern)
+        return y.astype(arrays[0].dtype)
 
     def one_by_one(*arrays: Any) -> Float[Array, "b h w d"]:
         return _scan_routes(_Routes(*arrays), pattern, delta_softplus, implementation)
@@ -155,22 +162,11 @@ def _run(
     if not fuse:
         return one_by_one(*arrays)
     if implementation is not None:
-        return together(*arrays)
-    return lax.platform_dependent(*arrays, tpu=together, default=one_by_one)
+        return together(fuse[0], *arrays)
+    from .fused_kernels import KERNELS
 
-
-def _raise_steps(
-    low: Float[Array, "b h w k r"], dt_proj: Float[Array, "k r d"]
-) -> Float[Array, "b h w k d"]:
-    """Step sizes of all routes in image layout.
-
-    One product with a block-diagonal matrix: it multiplies zeros, but a batched product would have
-    to move the routes to the front and the result back.
-    """
-    together = low.reshape(*low.shape[:3], -1)
-    diagonal = jnp.eye(len(dt_proj), dtype=dt_proj.dtype)[:, None, :, None] * dt_proj[:, :, None, :]
-    delta = matmul(together, diagonal.reshape(together.shape[-1], -1))
-    return delta.reshape(*low.shape[:4], -1)
+    fused = {KERNELS[name].platform: partial(together, name) for name in fuse}
+    return lax.platform_dependent(*arrays, **fused, default=one_by_one)
 
 
 def _scan_routes(

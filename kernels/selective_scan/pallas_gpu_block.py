@@ -7,7 +7,8 @@
 A block of channels lies in one group. Lengths and channels that do not divide are masked: a step of
 size zero changes nothing, its decay is 1 and its drive 0.
 
-Time below is counted in scan order; `Block.row` alone knows about `reverse`.
+Time below is counted in scan order; `Block.row` alone knows about `reverse`, and about the order in
+which a route visits the pixels of an image.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,8 @@ class Operands(NamedTuple):
     """The arrays of a scan (or references to them) as the kernels take them.
 
     u, delta, B and C are as they were given; A, D and delta_bias are float32, and A is transposed,
-    so that channels are contiguous everywhere.
+    so that channels are contiguous everywhere. Of an image, with `Plan.image`, time is l = h * w in
+    memory order, and B and C have the routes for groups.
     """
 
     u: Float[Array, "b l d"]
@@ -43,6 +45,22 @@ class Operands(NamedTuple):
     C: Float[Array, "b l g n"]
     D: Float[Array, "d"]
     delta_bias: Float[Array, "d"]
+
+
+class ImageRoute(NamedTuple):
+    """A scan along one route through an image, whose operands stay in image layout.
+
+    Attributes:
+      group: the route's place in B and C.
+      height: rows of the image.
+      width: columns of the image.
+      columns: walk down the columns, instead of along the rows.
+    """
+
+    group: int
+    height: int
+    width: int
+    columns: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,7 @@ class Plan:
       warps: warps of a program.
       delta_softplus: as in `selective_scan`.
       reverse: as in `selective_scan`.
+      image: what is scanned if it is no sequence.
     """
 
     length: int
@@ -74,6 +93,7 @@ class Plan:
     warps: int
     delta_softplus: bool
     reverse: bool
+    image: ImageRoute | None = None
 
     @property
     def blocks(self) -> int:
@@ -98,6 +118,7 @@ def make_plan(
     delta_softplus: bool,
     reverse: bool,
     backward: bool = False,
+    image: ImageRoute | None = None,
 ) -> Plan:
     """Cuts the work so that there are enough programs to fill a GPU.
 
@@ -110,8 +131,10 @@ def make_plan(
       delta_softplus: as in `selective_scan`.
       reverse: as in `selective_scan`.
       backward: for the gradient, which has more in its registers.
+      image: what is scanned if it is no sequence.
     """
-    (b, length, d), n, groups = operands.u.shape, operands.A.shape[0], operands.B.shape[2]
+    (b, length, d), n = operands.u.shape, operands.A.shape[0]
+    groups = 1 if image else operands.B.shape[2]
     steps, channels, warps = tile or Tile(chunk_steps(n, backward=backward))
     warps = warps or 1
     channels = channels or min(THREADS * warps, pl.next_power_of_2(d // groups))
@@ -123,6 +146,7 @@ def make_plan(
         *(length, d, n, groups, steps, channels, segment, pl.cdiv(chunks, segment), warps),
         delta_softplus=delta_softplus,
         reverse=reverse,
+        image=image,
     )
 
 
@@ -142,6 +166,7 @@ class Block:
         width = plan.d // plan.groups
         self.inside = first + lax.iota(jnp.int32, plan.channels) < width
         self.span = pl.ds(self.group * width + first, plan.channels)
+        self.matrix = self.group if plan.image is None else jnp.int32(plan.image.group)
 
     def chunk_start(self, chunk: Array) -> Array:
         """Time of the first step of a chunk of this program's segment."""
@@ -150,7 +175,11 @@ class Block:
     def row(self, time: Array) -> Array:
         """Place in the arrays of a step; inside them even where the step is past the end."""
         time = jnp.minimum(time, self.plan.length - 1)
-        return self.plan.length - 1 - time if self.plan.reverse else time
+        time = self.plan.length - 1 - time if self.plan.reverse else time
+        image = self.plan.image
+        if image is None or not image.columns:
+            return time
+        return time % image.height * image.width + time // image.height
 
     def load(self, ref: Any, *index: Any, when: Any = True) -> Float[Array, "c"]:
         """The block's channels of `ref[*index]` in float32; zero where there is nothing."""
@@ -198,7 +227,7 @@ class Block:
     def load_scalars(self, ref: Any, start: Array, n: Array) -> list[Float[Array, ""]]:
         """State n of the group's B or C at each step of a chunk; repeats the last past the end."""
         return [
-            plgpu.load(ref.at[self.batch, self.row(time), self.group, n]).astype(jnp.float32)
+            plgpu.load(ref.at[self.batch, self.row(time), self.matrix, n]).astype(jnp.float32)
             for time in self.times(start)
         ]
 
@@ -253,7 +282,13 @@ def _is_row(states: Float[Array, "s c"], n: Array) -> Array:
 
 
 def call(
-    kernel: Callable[..., None], plan: Plan, inputs: Any, outputs: Any, *, interpret: bool
+    kernel: Callable[..., None],
+    plan: Plan,
+    inputs: Any,
+    outputs: Any,
+    *,
+    into: dict[str, Array] | None = None,
+    interpret: bool,
 ) -> Any:
     """Runs a kernel over the whole grid.
 
@@ -262,15 +297,24 @@ def call(
       plan: how the work is cut.
       inputs: a tuple of arrays, the first u.
       outputs: (shape, dtype) of each result, a dictionary.
+      into: arrays in whose place results of that name are written; the kernel finds there what they
+        hold.
       interpret: run in Python, on any machine.
     """
-    like = jax.tree.leaves(inputs)[0]
-    name = (kernel.func if isinstance(kernel, partial) else kernel).__name__
+    leaves, names = jax.tree.leaves(inputs), sorted(outputs)
+    like, into = leaves[0], into or {}
+    places = {len(leaves) + i: names.index(name) for i, name in enumerate(sorted(into))}
+    function = kernel.func if isinstance(kernel, partial) else kernel
+
+    def run(inputs: Any, _: Any, outputs: Any) -> None:
+        kernel(plan, inputs, outputs)
+
     return pl.pallas_call(
-        partial(kernel, plan),
+        run,
         out_shape={name: output(*what, like=like) for name, what in outputs.items()},
         grid=(plan.groups * plan.blocks, plan.segments, like.shape[0]),
         compiler_params=plgpu.CompilerParams(num_warps=plan.warps, num_stages=1),
+        input_output_aliases=places,
         interpret=interpret,
-        name=f"selective_scan{name}",
-    )(inputs)
+        name=f"selective_scan{function.__name__}",
+    )(inputs, into)

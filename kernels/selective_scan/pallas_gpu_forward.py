@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .base import Tile
@@ -43,19 +44,50 @@ def forward(
     """y, the last state, and the states that the gradient needs; see `selective_scan`."""
     operands, start = prepare(u, delta, A, B, C, D, delta_bias, initial_state)
     plan = make_plan(operands, tile, delta_softplus=delta_softplus, reverse=reverse)
+    out = scan(plan, operands, start, y=None, y_dtype=u.dtype, interpret=interpret)
+    return out["y"], out["state"].swapaxes(1, 2), out["kept"]
+
+
+def scan(
+    plan: Plan,
+    operands: Operands,
+    start: Float[Array, "b n d"],
+    *,
+    y: Float[Array, "b l d"] | None,
+    y_dtype: DTypeLike,
+    interpret: bool,
+) -> dict[str, Array]:
+    """Runs the kernels.
+
+    Args:
+      plan: how the work is cut.
+      operands: what is scanned.
+      start: the state before the first step.
+      y: what the output is added to, in place; None for nothing.
+      y_dtype: dtype of the output.
+      interpret: as for `call`.
+
+    Returns:
+      "y", the last "state" (b, n, d), and the "kept" states, (b, k, n, d).
+    """
     starts = start[:, None]
     if plan.segments > 1:
-        ends = call(_ends, plan, (operands,), segment_outputs(plan, u), interpret=interpret)
+        ends = call(
+            _ends, plan, (operands,), segment_outputs(plan, operands.u), interpret=interpret
+        )
         starts = combine(plan, operands.A, start, ends, interpret=interpret)
     every = kept_every(plan)
     outputs = {
-        "y": (u.shape, u.dtype),
+        "y": (operands.u.shape, y_dtype),
         "state": (start.shape, jnp.float32),
-        "kept": kept_output(plan, u, every=every),
+        "kept": kept_output(plan, operands.u, every=every),
     }
-    kernel = partial(_apply, every=every)
-    out = call(kernel, plan, (operands, starts), outputs, interpret=interpret)
-    return out["y"], out["state"].swapaxes(1, 2), out["kept"]
+    kernel = partial(_apply, every=every, add=y is not None)
+    into = None if y is None else {"y": y}
+    out: dict[str, Array] = call(
+        kernel, plan, (operands, starts), outputs, into=into, interpret=interpret
+    )
+    return out
 
 
 def kept_every(plan: Plan) -> int:
@@ -174,7 +206,9 @@ def _ends(plan: Plan, inputs: tuple[Operands], out: Any) -> None:
     block.store(out["steps"], block.batch, block.segment, value=total)
 
 
-def _apply(plan: Plan, inputs: tuple[Operands, Any], out: Any, *, every: int) -> None:
+def _apply(
+    plan: Plan, inputs: tuple[Operands, Any], out: Any, *, every: int, add: bool = False
+) -> None:
     operands, starts = inputs
     block = Block(plan)
     bias, D = block.load(operands.delta_bias), block.load(operands.D)
@@ -186,6 +220,8 @@ def _apply(plan: Plan, inputs: tuple[Operands, Any], out: Any, *, every: int) ->
         block.store_states(out["kept"], block.batch, index // every, value=states, when=keep)
         u, steps, driven = discretize(block, operands, bias, time)
         y = [D * x for x in u] if "y" in out else []
+        if add:
+            y = [x + so_far for x, so_far in zip(y, block.load_rows(out["y"], time), strict=True)]
         states, y = _advance(block, operands, time, steps, driven, states, y)
         if y:
             block.store_rows(out["y"], time, y)

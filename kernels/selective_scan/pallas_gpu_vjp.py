@@ -19,11 +19,13 @@ u and delta written), 32 with several; 16 n / `channels` more for the partial su
 at most 8 n / `steps` for the states of the chunks.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .base import Tile
@@ -51,18 +53,11 @@ def backward(
 ) -> tuple[Array | None, ...]:
     """The gradient of each operand, None for those that are None; see `selective_scan`."""
     operands, _ = prepare(u, delta, A, B, C, D, delta_bias, initial_state)
-    flags = dict(delta_softplus=delta_softplus, reverse=reverse)
-    plan = make_plan(operands, tile, **flags, backward=True)
-    states = states_within(plan, operands, kept, interpret=interpret)
+    plan = make_plan(operands, tile, delta_softplus=delta_softplus, reverse=reverse, backward=True)
     after = state_gradient.astype(jnp.float32).swapaxes(1, 2)
-    entering = after[:, None]
-    if plan.segments > 1:
-        ends = call(
-            _ends, plan, (operands, y_gradient), segment_outputs(plan, u), interpret=interpret
-        )
-        entering = combine(plan, operands.A, after, ends, backward=True, interpret=interpret)
-    inputs = (operands, states, y_gradient, entering)
-    out = call(_gradients, plan, inputs, _outputs(plan, operands), interpret=interpret)
+    out = differentiate(
+        plan, operands, kept, y_gradient, after, of_u=None, u_dtype=u.dtype, interpret=interpret
+    )
 
     def as_given(x: Array, operand: Array | None) -> Array | None:
         return None if operand is None else x.astype(operand.dtype)
@@ -79,14 +74,56 @@ def backward(
     )
 
 
-def _outputs(plan: Plan, operands: Operands) -> dict[str, tuple[tuple[int, ...], Any]]:
+def differentiate(
+    plan: Plan,
+    operands: Operands,
+    kept: Float[Array, "b k n d"],
+    y_gradient: Float[Array, "b l d"],
+    after: Float[Array, "b n d"],
+    *,
+    of_u: Float[Array, "b l d"] | None,
+    u_dtype: DTypeLike,
+    interpret: bool,
+) -> dict[str, Array]:
+    """Runs the kernels.
+
+    Args:
+      plan: how the work is cut.
+      operands: what was scanned.
+      kept: the states that were kept.
+      y_gradient: gradient of y.
+      after: gradient of the last state.
+      of_u: what u's gradient is added to, in place; None for nothing.
+      u_dtype: dtype of u's gradient.
+      interpret: as for `call`.
+
+    Returns:
+      What `_outputs` lists, by name.
+    """
+    states = states_within(plan, operands, kept, interpret=interpret)
+    entering = after[:, None]
+    if plan.segments > 1:
+        outputs = segment_outputs(plan, operands.u)
+        ends = call(_ends, plan, (operands, y_gradient), outputs, interpret=interpret)
+        entering = combine(plan, operands.A, after, ends, backward=True, interpret=interpret)
+    kernel = partial(_gradients, add=of_u is not None)
+    into = None if of_u is None else {"u": of_u}
+    inputs = (operands, states, y_gradient, entering)
+    outputs = _outputs(plan, operands, u_dtype)
+    out: dict[str, Array] = call(kernel, plan, inputs, outputs, into=into, interpret=interpret)
+    return out
+
+
+def _outputs(
+    plan: Plan, operands: Operands, u_dtype: DTypeLike
+) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shapes and dtypes of what `_gradients` writes; B and C with time last, as it writes them."""
     b, s, n, d = operands.u.shape[0], plan.segments, plan.n, plan.d
     of_matrix = ((b, plan.groups, plan.blocks, n, plan.length), jnp.float32)
     of_channel = ((b, s, d), jnp.float32)
     return {
-        "u": (operands.u.shape, operands.u.dtype),
-        "delta": (operands.u.shape, operands.delta.dtype),
+        "u": (operands.u.shape, u_dtype),
+        "delta": (operands.delta.shape, operands.delta.dtype),
         "A": ((b, s, n, d), jnp.float32),
         "B": of_matrix,
         "C": of_matrix,
@@ -122,7 +159,7 @@ def _ends(plan: Plan, inputs: tuple[Operands, Any], out: Any) -> None:
     block.store(out["steps"], block.batch, block.segment, value=total)
 
 
-def _gradients(plan: Plan, inputs: tuple[Operands, Any, Any, Any], out: Any) -> None:
+def _gradients(plan: Plan, inputs: tuple[Operands, Any, Any, Any], out: Any, *, add: bool) -> None:
     operands, states, y_gradient, entering = inputs
     block = Block(plan)
     here = (block.batch, block.segment)
@@ -173,6 +210,8 @@ def _gradients(plan: Plan, inputs: tuple[Operands, Any, Any, Any], out: Any) -> 
             slopes = (jax.nn.sigmoid(x + bias) for x in raw)
             of_delta = [x * slope for x, slope in zip(of_delta, slopes, strict=True)]
         of_u = [D * x + y * z for x, y, z in zip(of_y, of_driven, steps, strict=True)]
+        if add:
+            of_u = [x + y for x, y in zip(of_u, block.load_rows(out["u"], time), strict=True)]
         block.store_rows(out["u"], time, of_u)
         block.store_rows(out["delta"], time, of_delta)
         of_D += sum(x * y for x, y in zip(u, of_y, strict=True))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zzhnet_jax.kernels.cross_scan import fused, selective_scan_2d
+from zzhnet_jax.kernels.cross_scan import fused, fused_kernels, selective_scan_2d
 from zzhnet_jax.kernels.selective_scan import UnavailableError
 
 # pattern, (b, h, w, d, n): both sizes ragged, or one, or none; lines of one pixel; channels of a
@@ -44,9 +44,22 @@ def weights(sizes):
     return np.random.default_rng(1).standard_normal(sizes[:4]).astype(np.float32)
 
 
-def interpreted(given, pattern, **options):
-    options = dict(delta_softplus=True, interpret=True) | options
-    return fused.fused_scan(**given, pattern=pattern, **options)
+# Interpreting eight unrolled steps of a GPU's kernel takes long to compile.
+PLATFORMS = [
+    "pallas_tpu",
+    pytest.param("pallas_gpu", marks=pytest.mark.accelerator),
+]
+
+
+@pytest.fixture(params=PLATFORMS)
+def interpreted(request):
+    """The fused scan of a platform, in Pallas' interpreter."""
+
+    def scan(given, pattern, **options):
+        options = dict(delta_softplus=True, interpret=True) | options
+        return fused.fused_scan(**given, name=request.param, pattern=pattern, **options)
+
+    return scan
 
 
 def value_and_gradients(scan, given, weight):
@@ -82,7 +95,7 @@ def assert_equal(got, expected, tolerance):
     "case",
     [pytest.param(x, marks=pytest.mark.accelerator) if x == "sixteen states" else x for x in CASES],
 )
-def test_values_and_gradients(case):
+def test_values_and_gradients(case, interpreted):
     pattern, sizes = CASES[case]
     given = arguments(sizes)
     got = value_and_gradients(lambda x: interpreted(x, pattern), given, weights(sizes))
@@ -90,7 +103,7 @@ def test_values_and_gradients(case):
 
 
 @pytest.mark.accelerator
-def test_stage_of_vmamba():
+def test_stage_of_vmamba(interpreted):
     """The first stage's image; seven groups of lines are walked over at once."""
     sizes = (1, 56, 56, 4, 1)
     given = arguments(sizes)
@@ -98,7 +111,7 @@ def test_stage_of_vmamba():
     assert_equal(got, oracle(given, "cross", weights(sizes)), 3e-6)
 
 
-def test_without_softplus_or_weights():
+def test_without_softplus_or_weights(interpreted):
     sizes = (1, 3, 9, 4, 1)
     given = arguments(sizes)
     given = given | {"delta": np.abs(given["delta"]), "D": None, "delta_bias": None}
@@ -109,7 +122,7 @@ def test_without_softplus_or_weights():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_inputs(dtype):
+def test_narrow_inputs(dtype, interpreted):
     """Narrow u and delta are widened exactly; only results are rounded."""
     sizes = (2, 5, 9, 4, 1)
     given = arguments(sizes)
@@ -123,7 +136,7 @@ def test_narrow_inputs(dtype):
     assert_equal(got, expected, 2.0**-8)
 
 
-def test_huge_steps():
+def test_huge_steps(interpreted):
     """Steps after which nothing of the state is left, and none at all, in neighbouring pixels."""
     sizes = (1, 4, 9, 4, 1)
     given = dict(arguments(sizes))
@@ -135,7 +148,7 @@ def test_huge_steps():
 
 
 @pytest.mark.parametrize("mapped", [("u", "delta", "B", "C"), NAMES])
-def test_vmap(mapped):
+def test_vmap(mapped, interpreted):
     """Images are folded into the batch, unless they have weights of their own."""
     sizes, pattern = (1, 3, 4, 2, 1), "bidirectional"
     parts = [arguments(sizes, seed) for seed in range(2)]
@@ -157,13 +170,18 @@ def test_vmap(mapped):
 class TestChoice:
     def test_unsupported(self):
         given = arguments((1, 3, 4, 2, 1))
-        assert fused.unsupported(*given.values(), pattern="cross") is None
-        wide = given | {"D": np.zeros((4, 2), np.float64)}
-        assert fused.unsupported(*wide.values(), pattern="cross") == "it has no float64"
-        many = given | {"A": np.zeros((4, 2, 17), np.float32)}
-        assert "d_state is 17" in fused.unsupported(*many.values(), pattern="cross")
-        large = given | {"u": jax.ShapeDtypeStruct((1, 512, 512, 2), jnp.float32)}
-        reason = fused.unsupported(*large.values(), pattern="cross")
+
+        def why(name, **arrays):
+            return fused_kernels.unsupported(name, *(given | arrays).values(), pattern="cross")
+
+        for name, most in (("pallas_tpu", 16), ("pallas_gpu", 64)):
+            assert why(name) is None
+            assert why(name, D=np.zeros((4, 2), np.float64)) == "it has no float64"
+            reason = why(name, A=np.zeros((4, 2, most + 1), np.float32))
+            assert reason == f"d_state is {most + 1}: it takes at most {most}"
+        large = {"u": jax.ShapeDtypeStruct((1, 512, 512, 2), jnp.float32)}
+        assert why("pallas_gpu", **large) is None
+        reason = why("pallas_tpu", **large)
         assert reason.startswith("a 512 x 512 image takes") and reason.endswith("there are 16")
 
     def test_cpu_runs_route_by_route(self):
@@ -186,6 +204,20 @@ class TestChoice:
         program = traced.lower(lowering_platforms=("tpu",)).as_text()
         assert program.count("tpu_custom_call") == 2
 
-    def test_named_needs_a_tpu(self):
-        with pytest.raises(UnavailableError, match="'pallas_tpu' cannot run here"):
-            selective_scan_2d(**arguments((1, 3, 4, 2, 1)), implementation="pallas_tpu")
+    def test_gpu_turns_no_image(self):
+        """Four kernels, the last three of which write over what they are given."""
+        sizes = (1, 3, 4, 2, 1)
+        given = arguments(sizes)
+        traced = jax.jit(lambda x: selective_scan_2d(**x, delta_softplus=True)).trace(given)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        kernels = [line for line in program.splitlines() if "__gpu$xla.gpu.triton" in line]
+        assert len([line for line in kernels if "selective_scan_apply" in line]) == 4
+        assert len([line for line in kernels if "output_operand_alias" in line]) == 3
+        image = jnp.zeros(sizes[:4]).swapaxes(1, 2).shape
+        turned = "x".join(map(str, image)) + "xf32"
+        assert turned not in program
+
+    @pytest.mark.parametrize("name", fused_kernels.KERNELS)
+    def test_named_needs_its_platform(self, name):
+        with pytest.raises(UnavailableError, match=f"'{name}' cannot run here"):
+            selective_scan_2d(**arguments((1, 3, 4, 2, 1)), implementation=name)

@@ -1,4 +1,4 @@
-"""The fused two-dimensional scan through the real compiler of each TPU, and its memory traffic."""
+"""The fused two-dimensional scan through the real compilers of TPUs and GPUs, and its traffic."""
 
 import importlib.util
 
@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 from zzhnet_jax.aot.compile import compile_for
+from zzhnet_jax.aot.gpu_resources import CAPABILITIES, pallas_resources
 from zzhnet_jax.aot.targets import parse_target
 from zzhnet_jax.kernels.cross_scan import selective_scan_2d
+from zzhnet_jax.kernels.cross_scan.fused import fused_scan
 
-pytestmark = [
-    pytest.mark.accelerator,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make aot installs it"
-    ),
-]
+pytestmark = pytest.mark.accelerator
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make aot installs it"
+)
 
 KERNEL_CALL = 'custom_call_target="tpu_custom_call"'
 
@@ -33,6 +33,7 @@ def scan(given, **options):
     return selective_scan_2d(**given, delta_softplus=True, **options)
 
 
+@needs_libtpu
 @pytest.mark.parametrize("text", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_to_one_kernel_each_way(text):
     """An image with ragged sides, and channels that are no whole number of tiles."""
@@ -44,6 +45,7 @@ def test_compiles_to_one_kernel_each_way(text):
     assert compiled.as_text().count(KERNEL_CALL) == 2
 
 
+@needs_libtpu
 def test_halves_the_traffic_of_four_scans():
     """The first stage of VMamba-T; blocks counted as they lie in memory, in whole tiles."""
     b, h, w, d = 8, 56, 56, 192
@@ -55,3 +57,19 @@ def test_halves_the_traffic_of_four_scans():
     kernel = image * (1 + 4 + 1) + image // 2  # u, four step sizes, y; B and C: a tile a pixel
     moved = fused.cost_analysis()["bytes accessed"] + kernel
     assert moved <= 0.5 * composed.cost_analysis()["bytes accessed"]
+
+
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_machine_code_without_spills(capability, n):
+    """The Pallas kernels of GPUs, rows and columns, forward and backward."""
+    pytest.importorskip("triton", reason='needs triton: pip install "zzhnet-jax[triton]"')
+    given = shapes(2, 14, 10, 96, n)
+
+    def gradients(given, y_gradient):
+        options = dict(name="pallas_gpu", delta_softplus=True, pattern="cross")
+        return jax.vjp(lambda x: fused_scan(**x, **options), given)[1](y_gradient)
+
+    kernels = pallas_resources(gradients, given, given["u"], capability=capability)
+    assert sum(x.kernel.endswith("gradients") for x in kernels) == 4
+    assert {x.kernel: x.spill_bytes for x in kernels if x.spill_bytes} == {}
