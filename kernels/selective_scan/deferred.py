@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Mesh, PartitionSpec
@@ -80,3 +81,5 @@ def _mesh_to_split(context: Any) -> Mesh | None:
 _deferred.def_abstract_eval(_infer_types)
 _deferred.def_impl(jax.jit(_deferred.bind, static_argnames=("function", "types")))
 mlir.register_lowering(_deferred, _lower)
+# Or else a program is lowered before its devices are known. JAX has no public name for the set.
+dispatch.prim_requires_devices_during_lowering.add(_deferred)

@@ -16,6 +16,8 @@ from conftest import INTERPRETED, scan_arguments
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from zzhnet_jax.kernels.cross_scan import selective_scan_2d
+from zzhnet_jax.kernels.cross_scan.fused import fused_scan
 from zzhnet_jax.kernels.selective_scan import Tile, selective_scan
 from zzhnet_jax.kernels.selective_scan.api import IMPLEMENTATIONS
 from zzhnet_jax.kernels.selective_scan.base import Kernel
@@ -172,6 +174,40 @@ def public(name, u, delta, A, B, C, D, delta_bias, initial_state, *, reverse=Fal
     )  # fmt: skip
 
 
+def fused():
+    """The two-dimensional kernels in a jitted program on a mesh: only shared gradients travel."""
+    draw, mesh = np.random.default_rng(0).standard_normal, make_mesh(4, 2)
+    image, route = P("data", None, None, "model"), P("data", None, None, None, "model")
+    weights, matrix = P(None, "model"), P("data")
+    layout = [
+        *((image, (4, 2, 3, 2)), (route, (4, 2, 3, 4, 2)), (weights, (4, 2, 1))),
+        *(
+            (matrix, (4, 2, 3, 4, 1)),
+            (matrix, (4, 2, 3, 4, 1)),
+            (weights, (4, 2)),
+            (weights, (4, 2)),
+        ),
+    ]
+    x = [jnp.asarray(draw(shape), jnp.float32) for _, shape in layout]
+    x[2] = -jnp.exp(x[2])
+    placed = [
+        jax.device_put(value, NamedSharding(mesh, spec))
+        for value, (spec, _) in zip(x, layout, strict=True)
+    ]
+
+    def gradients(scan):
+        options = dict(delta_softplus=True, pattern="cross")
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(scan(*x, **options)))))
+
+    def one_by_one(*x, **options):
+        *x, bias = x
+        return selective_scan_2d(*x, delta_bias=bias, implementation="sequential", **options)
+
+    run = gradients(partial(fused_scan, name="pallas_tpu", interpret=True)).lower(placed).compile()
+    assert_equal(run(placed), gradients(one_by_one)(x), "fused")
+    assert collectives(run).keys() == {"all-reduce"}, collectives(run)
+
+
 def interpret():
     """Makes Pallas kernels run here, in small blocks."""
     for name in INTERPRETED:
@@ -185,7 +221,6 @@ if __name__ == "__main__":
     part, *arguments = sys.argv[1:]
     arguments = [None if x == "None" else x for x in arguments]
     assert jax.device_count() == 8
-    {"jit": jit, "declared": declared, "shard_map": shard_map, "sequence": sequence}[part](
-        *arguments
-    )
+    parts = (jit, declared, shard_map, sequence, fused)
+    {function.__name__: function for function in parts}[part](*arguments)
     print("passed")

@@ -48,6 +48,10 @@ def test_sequence_over_devices_with_kernels(name):
     run("sequence", name)
 
 
+def test_fused_scan_2d_on_a_mesh():
+    run("fused")
+
+
 def kept_states(length, n, tile):
     return 2
 
