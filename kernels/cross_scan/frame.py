@@ -1,4 +1,4 @@
-"""What the fused kernels work on: its sizes, and what TPUs cut and arrange of it."""
+"""Sizes of a fused scan; for TPUs also its blocks, and its arguments arranged for them."""
 
 from typing import Any, NamedTuple
 

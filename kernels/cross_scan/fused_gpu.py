@@ -1,7 +1,7 @@
 """The fused two-dimensional scan for GPUs: four routes, one kernel after another, over one image.
 
     u, y           (b, l, d) in image layout, l = h * w; a route reads a pixel's channels where they
-                   lie, 128 bytes or more side by side whichever way it goes
+                   lie, side by side whichever way it goes
     delta          an array like u for each route, so that none is cut out of another
     B, C           (b, l, 4, n)
     y              summed in float32; every route but the first adds to what it finds there
