@@ -13,4 +13,9 @@ _FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_pa
 if version("jaxlib").startswith("0.10."):
     # Its older emitters make less code of a fusion; later versions have none but the new ones.
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+if not Path("/dev/nvidia0").exists():  # a GPU's kernels are tested as users run them
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+# Results are compared to a few roundings: no accelerator may round factors to fewer bits.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+# Several test processes share a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -32,6 +32,11 @@ CASES = {
 }
 
 
+def on_gpu():
+    """Whether kernels run as machine code here; elsewhere they are interpreted."""
+    return jax.default_backend() == "gpu"
+
+
 def assert_small(errors, case):
     """Holds results to a few roundings: of float32, but of their own dtype for half precision."""
     dtype = case.get("dtype", np.float32)

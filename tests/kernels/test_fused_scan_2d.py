@@ -52,14 +52,15 @@ PLATFORMS = [
 
 
 @pytest.fixture(params=PLATFORMS)
-def interpreted(request):
-    """The fused scan of a platform, in Pallas' interpreter."""
+def scan(request):
+    """The fused scan of a platform, in Pallas' interpreter unless this is the platform."""
+    interpret = fused_kernels.KERNELS[request.param].unavailable() is not None
 
-    def scan(given, pattern, **options):
-        options = dict(delta_softplus=True, interpret=True) | options
+    def fused_scan(given, pattern, **options):
+        options = dict(delta_softplus=True, interpret=interpret) | options
         return fused.fused_scan(**given, name=request.param, pattern=pattern, **options)
 
-    return scan
+    return fused_scan
 
 
 def value_and_gradients(scan, given, weight):
@@ -95,39 +96,39 @@ def assert_equal(got, expected, tolerance):
     "case",
     [pytest.param(x, marks=pytest.mark.accelerator) if x == "sixteen states" else x for x in CASES],
 )
-def test_values_and_gradients(case, interpreted):
+def test_values_and_gradients(case, scan):
     pattern, sizes = CASES[case]
     given = arguments(sizes)
-    got = value_and_gradients(lambda x: interpreted(x, pattern), given, weights(sizes))
+    got = value_and_gradients(lambda x: scan(x, pattern), given, weights(sizes))
     assert_equal(got, oracle(given, pattern, weights(sizes)), 3e-6)
 
 
 @pytest.mark.accelerator
-def test_stage_of_vmamba(interpreted):
+def test_stage_of_vmamba(scan):
     """The first stage's image; seven groups of lines are walked over at once."""
     sizes = (1, 56, 56, 4, 1)
     given = arguments(sizes)
-    got = value_and_gradients(lambda x: interpreted(x, "cross"), given, weights(sizes))
+    got = value_and_gradients(lambda x: scan(x, "cross"), given, weights(sizes))
     assert_equal(got, oracle(given, "cross", weights(sizes)), 3e-6)
 
 
-def test_without_softplus_or_weights(interpreted):
+def test_without_softplus_or_weights(scan):
     sizes = (1, 3, 9, 4, 1)
     given = arguments(sizes)
     given = given | {"delta": np.abs(given["delta"]), "D": None, "delta_bias": None}
     plain = dict(delta_softplus=False)
-    got = value_and_gradients(lambda x: interpreted(x, "cross", **plain), given, weights(sizes))
+    got = value_and_gradients(lambda x: scan(x, "cross", **plain), given, weights(sizes))
     got = {name: x for name, x in got.items() if x is not None}
     assert_equal(got, oracle(given, "cross", weights(sizes), **plain), 3e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_inputs(dtype, interpreted):
+def test_narrow_inputs(dtype, scan):
     """Narrow u and delta are widened exactly; only results are rounded."""
     sizes = (2, 5, 9, 4, 1)
     given = arguments(sizes)
     narrow = given | {name: jnp.asarray(given[name], dtype) for name in ("u", "delta")}
-    got = value_and_gradients(lambda x: interpreted(x, "cross"), narrow, weights(sizes))
+    got = value_and_gradients(lambda x: scan(x, "cross"), narrow, weights(sizes))
     if dtype == "bfloat16":
         assert got["y"].dtype == got["u"].dtype == got["delta"].dtype == jnp.bfloat16
     wide = {name: np.asarray(x, np.float32) for name, x in narrow.items()}
@@ -136,19 +137,19 @@ def test_narrow_inputs(dtype, interpreted):
     assert_equal(got, expected, 2.0**-8)
 
 
-def test_huge_steps(interpreted):
+def test_huge_steps(scan):
     """Steps after which nothing of the state is left, and none at all, in neighbouring pixels."""
     sizes = (1, 4, 9, 4, 1)
     given = dict(arguments(sizes))
     given["delta"] = np.where(np.arange(9)[:, None, None] % 2, 1e4, -1e4) * np.ones_like(
         given["delta"]
     )
-    got = value_and_gradients(lambda x: interpreted(x, "cross"), given, weights(sizes))
+    got = value_and_gradients(lambda x: scan(x, "cross"), given, weights(sizes))
     assert_equal(got, oracle(given, "cross", weights(sizes)), 3e-6)
 
 
 @pytest.mark.parametrize("mapped", [("u", "delta", "B", "C"), NAMES])
-def test_vmap(mapped, interpreted):
+def test_vmap(mapped, scan):
     """Images are folded into the batch, unless they have weights of their own."""
     sizes, pattern = (1, 3, 4, 2, 1), "bidirectional"
     parts = [arguments(sizes, seed) for seed in range(2)]
@@ -157,7 +158,7 @@ def test_vmap(mapped, interpreted):
     weight = weights(sizes)
 
     def gradients(x):
-        return jax.grad(lambda x: jnp.vdot(interpreted(x, pattern), weight))(x)
+        return jax.grad(lambda x: jnp.vdot(scan(x, pattern), weight))(x)
 
     got = jax.jit(jax.vmap(gradients, axes))(given)
     for i, part in enumerate(parts):
