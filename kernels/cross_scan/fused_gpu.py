@@ -35,7 +35,7 @@ def step_sizes(
 
 def kept_shape(frame: Frame) -> tuple[int, ...]:
     """Shape of the states that are kept of each route."""
-    kept = kept_states(frame.height * frame.width, frame.states, None)
+    kept = kept_states(frame.height * frame.width, frame.states, None, line=frame.height)
     return frame.batch, ROUTES, kept, frame.states, frame.channels
 
 
@@ -52,10 +52,8 @@ def forward(frame: Frame, *arrays: Array) -> list[Array]:
     u = arrays[0]
     y, kept = None, []
     for k in range(ROUTES):
-        operands, plan = _route(frame, k, arrays, backward=False)
-        out = scan(
-            plan, operands, _no_state(frame), y=y, y_dtype=jnp.float32, interpret=frame.interpret
-        )
+        operands, plan = _route(frame, k, arrays)
+        out = scan(plan, operands, _no_state(frame), y=y, y_dtype=jnp.float32)
         y = out["y"]
         kept.append(out["kept"])
     assert y is not None
@@ -79,11 +77,10 @@ def backward(frame: Frame, *arrays: Array) -> list[Array]:
     y_gradient = y_gradient.reshape(frame.batch, -1, frame.channels)
     of_u, deltas, matrices, weights = None, [], [], []
     for k in range(ROUTES):
-        operands, plan = _route(frame, k, tuple(given), backward=True)
+        operands, plan = _route(frame, k, tuple(given))
         out = differentiate(
-            plan, operands, kept[:, k], y_gradient, _no_state(frame), of_u=of_u,
-            u_dtype=jnp.float32, interpret=frame.interpret,
-        )  # fmt: skip
+            plan, operands, kept[:, k], y_gradient, _no_state(frame), of_u=of_u, u_dtype=jnp.float32
+        )
         of_u = out["u"]
         deltas.append(out["delta"].reshape(u.shape))
         of_B, of_C = (out[name].sum((1, 2)) for name in ("B", "C"))  # groups, blocks of channels
@@ -101,9 +98,7 @@ def backward(frame: Frame, *arrays: Array) -> list[Array]:
     ]
 
 
-def _route(
-    frame: Frame, k: int, arrays: tuple[Array, ...], *, backward: bool
-) -> tuple[Operands, Plan]:
+def _route(frame: Frame, k: int, arrays: tuple[Array, ...]) -> tuple[Operands, Plan]:
     """What the kernels take for route k."""
     u, *deltas, A, B, C, D, delta_bias = arrays
     pixels = (frame.batch, frame.height * frame.width)
@@ -122,8 +117,8 @@ def _route(
         None,
         delta_softplus=frame.delta_softplus,
         reverse=route.backward,
-        backward=backward,
         image=ImageRoute(k, frame.height, frame.width, route.columns),
+        interpret=frame.interpret,
     )
     return operands, plan
 

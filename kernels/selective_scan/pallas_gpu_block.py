@@ -23,11 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from .base import Tile, output, step_size
+from .base import Tile, output
+from .pallas_gpu_math import LOG2_E, exp2, softplus_of_log2
 
 THREADS = 32  # of a warp
-# A GPU of 100 to 150 multiprocessors needs some 15 warps on each to hide the time memory takes.
+# A warp that reads a chunk ahead keeps enough of the memory busy from here on.
+FEWEST_WARPS = 640
+# What a scan that is cut in segments has: more than one wave of them, to end at the same time.
 ENOUGH_WARPS = 2048
+_LONGEST_CHUNK = 8
 
 
 class Operands(NamedTuple):
@@ -80,6 +84,7 @@ class Plan:
       delta_softplus: as in `selective_scan`.
       reverse: as in `selective_scan`.
       image: what is scanned if it is no sequence.
+      interpret: run in Python, on any machine.
     """
 
     length: int
@@ -95,6 +100,8 @@ class Plan:
     reverse: bool
     image: ImageRoute | None = None
 
+    interpret: bool = False
+
     @property
     def blocks(self) -> int:
         """Blocks of channels of a group."""
@@ -102,13 +109,24 @@ class Plan:
 
     @property
     def total_chunks(self) -> int:
-        """Chunks of the whole length; segments may reach past its end."""
+        """Chunks of the whole length."""
         return pl.cdiv(self.length, self.steps)
 
     @property
-    def states(self) -> int:
-        """Rows that hold the states of a channel: a power of two."""
-        return pl.next_power_of_2(self.n)
+    def ragged(self) -> bool:
+        """Whether the last chunk reaches past the end."""
+        return self.length % self.steps > 0
+
+    @property
+    def stride(self) -> int | None:
+        """From the place of a step in memory to that of the next in a chunk; None if it varies."""
+        if self.image is None or not self.image.columns:
+            stride = 1
+        elif self.image.height % self.steps == 0:
+            stride = self.image.width
+        else:
+            return None
+        return -stride if self.reverse else stride
 
 
 def make_plan(
@@ -117,8 +135,8 @@ def make_plan(
     *,
     delta_softplus: bool,
     reverse: bool,
-    backward: bool = False,
     image: ImageRoute | None = None,
+    interpret: bool = False,
 ) -> Plan:
     """Cuts the work so that there are enough programs to fill a GPU.
 
@@ -130,155 +148,252 @@ def make_plan(
       tile: overrides the size of chunks and blocks.
       delta_softplus: as in `selective_scan`.
       reverse: as in `selective_scan`.
-      backward: for the gradient, which has more in its registers.
       image: what is scanned if it is no sequence.
+      interpret: run in Python, on any machine.
     """
     (b, length, d), n = operands.u.shape, operands.A.shape[0]
     groups = 1 if image else operands.B.shape[2]
-    steps, channels, warps = tile or Tile(chunk_steps(n, backward=backward))
+    steps, channels, warps = tile or Tile(chunk_steps(image.height if image else length))
     warps = warps or 1
     channels = channels or min(THREADS * warps, pl.next_power_of_2(d // groups))
     in_flight = b * groups * pl.cdiv(d // groups, channels) * warps
     chunks = pl.cdiv(length, steps)
-    wanted = ENOUGH_WARPS // in_flight
-    segment = pl.cdiv(chunks, wanted) if wanted > 1 else chunks
+    wanted = 1 if in_flight >= FEWEST_WARPS else max(1, ENOUGH_WARPS // in_flight)
+    segment = pl.cdiv(chunks, wanted)
     return Plan(
         *(length, d, n, groups, steps, channels, segment, pl.cdiv(chunks, segment), warps),
         delta_softplus=delta_softplus,
         reverse=reverse,
         image=image,
+        interpret=interpret,
     )
 
 
-def chunk_steps(n: int, *, backward: bool = False) -> int:
-    """Time steps of a chunk: what the registers of a thread hold beside n states."""
-    return 4 if backward and n > 32 else 8
+def chunk_steps(length: int) -> int:
+    """Time steps of a chunk: what a thread's registers hold, and what divides the length if it can.
+
+    Args:
+      length: steps of the scan, or rows of an image.
+    """
+    fitting = (x for x in range(_LONGEST_CHUNK, _LONGEST_CHUNK // 2, -1) if length % x == 0)
+    return next(fitting, _LONGEST_CHUNK)
 
 
 class Block:
-    """What one program sees of the arrays: its batch, group, channels and segment."""
+    """What one program sees of the arrays: its batch, group, channels and segment.
 
-    def __init__(self, plan: Plan) -> None:
+    With `whole` the second axis of the grid is none of time: a program walks the whole length.
+    """
+
+    def __init__(self, plan: Plan, *, whole: bool = False) -> None:
         self.plan = plan
         block, self.segment, self.batch = (pl.program_id(axis) for axis in range(3))
         self.group, self.part = block // plan.blocks, block % plan.blocks
         first = self.part * plan.channels
         width = plan.d // plan.groups
-        self.inside = first + lax.iota(jnp.int32, plan.channels) < width
+        self.inside = None
+        if width % plan.channels:
+            self.inside = first + lax.iota(jnp.int32, plan.channels) < width
         self.span = pl.ds(self.group * width + first, plan.channels)
         self.matrix = self.group if plan.image is None else jnp.int32(plan.image.group)
+        self.first_chunk = jnp.int32(0) if whole else self.segment * plan.chunks
+        self.chunks: Any = plan.chunks
+        if plan.total_chunks % plan.chunks:
+            self.chunks = jnp.minimum(plan.chunks, plan.total_chunks - self.first_chunk)
 
-    def chunk_start(self, chunk: Array) -> Array:
-        """Time of the first step of a chunk of this program's segment."""
-        return (self.segment * self.plan.chunks + chunk) * self.plan.steps
+    def walk(
+        self, fetch: Callable[[Array], Any], body: Callable[..., Any], carry: Any, *, back: bool
+    ) -> Any:
+        """Runs `carry = body(chunk, what fetch(chunk) read, carry)` over the segment's chunks.
 
-    def row(self, time: Array) -> Array:
-        """Place in the arrays of a step; inside them even where the step is past the end."""
-        time = jnp.minimum(time, self.plan.length - 1)
-        time = self.plan.length - 1 - time if self.plan.reverse else time
+        What a chunk reads is asked for while the one before it is computed.
+
+        Args:
+          fetch: reads from the arrays, given the number of a chunk.
+          body: computes.
+          carry: what the first chunk is given.
+          back: from the last chunk to the first.
+        """
+        last = self.chunks - 1
+
+        def number(i: Any) -> Array:
+            return self.first_chunk + (last - i if back else i)
+
+        return _read_ahead(
+            self.chunks,
+            lambda i: fetch(number(i)),
+            lambda i, fetched, carry: body(number(i), fetched, carry),
+            carry,
+            fetch(number(0)),
+        )
+
+    def hold(self, refs: list[Any], initial: Callable[[Array], list[Array]]) -> list[Array]:
+        """Rows of channels for each state that outlast a chunk, with their first values.
+
+        They are held in registers, and returned, if there is one state; otherwise in memory, in
+        `ref[batch, segment, state]`: row of a state that is known at run time only cannot be picked
+        from registers.
+        """
+        if self.plan.n == 1:
+            return initial(jnp.int32(0))
+
+        def begin(n: Array, _: None) -> None:
+            self._write(refs, n, initial(n))
+
+        return lax.fori_loop(0, self.plan.n, begin, None) or []
+
+    def each_state(
+        self,
+        refs: list[Any],
+        held: list[Array],
+        fetch: Callable[[Array], Any],
+        first: Any,
+        body: Callable[..., tuple[list[Array], Any]],
+        carry: Any,
+    ) -> tuple[list[Array], Any]:
+        """Runs `rows, carry = body(n, what fetch(n) read, rows, carry)` for every state.
+
+        Args:
+          refs: as for `hold`.
+          held: what `hold` or this returned; these rows are given to `body`, and its kept.
+          fetch: reads what else a state needs, while the one before it is computed.
+          first: what it read for the first state.
+          body: computes.
+          carry: what the first state is given.
+
+        Returns:
+          The rows, if they are in registers, and the last carry.
+        """
+        if self.plan.n == 1:
+            return body(jnp.int32(0), first, held, carry)
+
+        def read(n: Array) -> Any:
+            return fetch(n), self._read(refs, n)
+
+        def step(n: Array, fetched: tuple[Any, list[Array]], carry: Any) -> Any:
+            rows, carry = body(n, *fetched, carry)
+            self._write(refs, n, rows)
+            return carry
+
+        begun = first, self._read(refs, jnp.int32(0))
+        return [], _read_ahead(self.plan.n, read, step, carry, begun)
+
+    def write_held(self, refs: list[Any], held: list[Array]) -> None:
+        """Writes the rows, if they are in registers."""
+        self._write(refs[: len(held)], jnp.int32(0), held)
+
+    def _read(self, refs: list[Any], n: Array) -> list[Array]:
+        return [self.load(ref, self.batch, self.segment, n) for ref in refs]
+
+    def _write(self, refs: list[Any], n: Array, rows: list[Array]) -> None:
+        for ref, row in zip(refs, rows, strict=True):
+            self.store(ref, self.batch, self.segment, n, value=row)
+
+    def places(self, chunk: Array) -> list[Array]:
+        """Where in the arrays each step of a chunk is; inside them even if it is past the end."""
+        plan, start = self.plan, chunk * self.plan.steps
+        if plan.stride is None or plan.ragged:
+            times = (jnp.minimum(start + k, plan.length - 1) for k in range(plan.steps))
+            return [self._place(time) for time in times]
+        first = self._place(start)
+        return [first + plan.stride * k for k in range(plan.steps)]
+
+    def _place(self, time: Array) -> Array:
         image = self.plan.image
+        time = self.plan.length - 1 - time if self.plan.reverse else time
         if image is None or not image.columns:
             return time
         return time % image.height * image.width + time // image.height
 
-    def load(self, ref: Any, *index: Any, when: Any = True) -> Float[Array, "c"]:
-        """The block's channels of `ref[*index]` in float32; zero where there is nothing."""
-        mask = self.inside & when
-        return plgpu.load(ref.at[(*index, self.span)], mask=mask, other=0.0).astype(jnp.float32)
+    def valid(self, chunk: Array) -> list[Any]:
+        """For each step of a chunk, whether it is before the end; None if all are."""
+        if not self.plan.ragged:
+            return [None] * self.plan.steps
+        return [chunk * self.plan.steps + k < self.plan.length for k in range(self.plan.steps)]
 
-    def store(self, ref: Any, *index: Any, value: Float[Array, "c"], when: Any = True) -> None:
+    def within(self, rows: list[Float[Array, "c"]], chunk: Array) -> list[Float[Array, "c"]]:
+        """Rows of a chunk, zero past the end."""
+        return [
+            row if valid is None else jnp.where(valid, row, 0.0)
+            for row, valid in zip(rows, self.valid(chunk), strict=True)
+        ]
+
+    def load(self, ref: Any, *index: Any, when: Any = None) -> Array:
+        """The block's channels of `ref[*index]`, in its dtype; zero where there is nothing."""
+        mask = self._mask(when)
+        other = None if mask is None else 0.0
+        return plgpu.load(_at(ref, *index, self.span), mask=mask, other=other)
+
+    def store(self, ref: Any, *index: Any, value: Float[Array, "c"], when: Any = None) -> None:
         """Writes the block's channels of `ref[*index]`."""
-        value = value.astype(ref.dtype)
-        plgpu.store(ref.at[(*index, self.span)], value, mask=self.inside & when)
+        place = _at(ref, *index, self.span)
+        plgpu.store(place, value.astype(ref.dtype), mask=self._mask(when))
 
-    def load_states(self, ref: Any, *index: Any) -> Float[Array, "s c"]:
-        """All states of the block's channels, with rows of zeros up to a power of two."""
-        index = (*index, pl.ds(0, self.plan.states), self.span)
-        return plgpu.load(ref.at[index], mask=self._state_mask(True), other=0.0)
+    def _mask(self, when: Any) -> Any:
+        if when is None:
+            return self.inside
+        when = jnp.broadcast_to(when, (self.plan.channels,))
+        return when if self.inside is None else self.inside & when
 
-    def store_states(
-        self, ref: Any, *index: Any, value: Float[Array, "s c"], when: Any = True
-    ) -> None:
-        """Writes all states of the block's channels."""
-        index = (*index, pl.ds(0, self.plan.states), self.span)
-        plgpu.store(ref.at[index], value, mask=self._state_mask(when))
+    def load_rows(self, ref: Any, chunk: Array) -> list[Array]:
+        """A chunk of an array over time, one row a step; anything past the end."""
+        return [self.load(ref, self.batch, place) for place in self.places(chunk)]
 
-    def _state_mask(self, when: Any) -> Array:
-        rows = lax.broadcasted_iota(jnp.int32, (self.plan.states, self.plan.channels), 0)
-        return (rows < self.plan.n) & self.inside[None] & when
-
-    def load_rows(self, ref: Any, start: Array) -> list[Float[Array, "c"]]:
-        """A chunk of an array over time, one row a step; zeros past the end."""
-        return [
-            self.load(ref, self.batch, self.row(time), when=time < self.plan.length)
-            for time in self.times(start)
-        ]
-
-    def store_rows(self, ref: Any, start: Array, rows: list[Float[Array, "c"]]) -> None:
+    def store_rows(self, ref: Any, chunk: Array, rows: list[Float[Array, "c"]]) -> None:
         """Writes a chunk of an array over time; what is past the end is dropped."""
-        for time, row in zip(self.times(start), rows, strict=True):
-            inside = time < self.plan.length
-            self.store(ref, self.batch, self.row(time), value=row, when=inside)
+        for place, row, valid in zip(self.places(chunk), rows, self.valid(chunk), strict=True):
+            self.store(ref, self.batch, place, value=row, when=valid)
 
-    def times(self, start: Array) -> list[Array]:
-        """The steps of a chunk."""
-        return [start + k for k in range(self.plan.steps)]
+    def load_matrix(self, ref: Any, chunk: Array, n: Array) -> list[Array]:
+        """State n of the group's B or C at each step of a chunk; anything past the end."""
+        places = self.places(chunk)
+        return [plgpu.load(_at(ref, self.batch, place, self.matrix, n)) for place in places]
 
-    def load_scalars(self, ref: Any, start: Array, n: Array) -> list[Float[Array, ""]]:
-        """State n of the group's B or C at each step of a chunk; repeats the last past the end."""
-        return [
-            plgpu.load(ref.at[self.batch, self.row(time), self.matrix, n]).astype(jnp.float32)
-            for time in self.times(start)
-        ]
-
-    def store_scalars(
-        self, ref: Any, start: Array, n: Array, values: list[Float[Array, ""]]
+    def store_matrix(
+        self, ref: Any, chunk: Array, n: Array, values: list[Float[Array, ""]]
     ) -> None:
         """Writes this program's partial sums for state n of the group's B or C."""
-        for time, value in zip(self.times(start), values, strict=True):
-            place = ref.at[self.batch, self.group, self.part, n, self.row(time)]
-            plgpu.store(place, value, mask=time < self.plan.length)
-
-    def within(self, rows: list[Float[Array, "c"]], start: Array) -> list[Float[Array, "c"]]:
-        """Rows of a chunk, zero past the end."""
-        times = self.times(start)
-        return [
-            jnp.where(time < self.plan.length, row, 0.0)
-            for time, row in zip(times, rows, strict=True)
-        ]
+        for place, value, valid in zip(self.places(chunk), values, self.valid(chunk), strict=True):
+            where = _at(ref, self.batch, self.group, self.part, n, place)
+            plgpu.store(where, value, mask=valid)
 
     def step_sizes(
-        self, raw: list[Float[Array, "c"]], bias: Float[Array, "c"], start: Array
-    ) -> list[Float[Array, "c"]]:
-        """Step sizes of a chunk, zero past the end."""
-        discretize = partial(
-            step_size, delta_softplus=self.plan.delta_softplus, dtype=jnp.dtype(jnp.float32)
-        )
-        return self.within([discretize(delta, bias) for delta in raw], start)
+        self, raw: list[Array], bias: Float[Array, "c"], chunk: Array
+    ) -> tuple[list[Float[Array, "c"]], list[Callable[[], Float[Array, "c"]]]]:
+        """Step sizes of a chunk, zero past the end, and functions that give their slopes by raw."""
+        if not self.plan.delta_softplus:
+            steps = [delta.astype(jnp.float32) + bias for delta in raw]
+            return self.within(steps, chunk), [lambda: jnp.ones_like(bias)] * len(raw)
+        bias = bias * LOG2_E
+        scaled = (delta.astype(jnp.float32) * LOG2_E + bias for delta in raw)
+        pairs = [softplus_of_log2(x, interpret=self.plan.interpret) for x in scaled]
+        return self.within([step for step, _ in pairs], chunk), [slope for _, slope in pairs]
 
-    def for_each_state(self, body: Callable[[Array, Any], Any], carry: Any) -> Any:
-        """Runs `body(n, carry)` for every state."""
-        if self.plan.n == 1:
-            return body(jnp.int32(0), carry)
-        return lax.fori_loop(0, self.plan.n, body, carry)
-
-
-def take_state(states: Float[Array, "s c"], n: Array) -> Float[Array, "c"]:
-    """Row n, as a sum: Triton has no slices of values."""
-    if states.shape[0] == 1:
-        return states.reshape(states.shape[1])
-    return jnp.sum(jnp.where(_is_row(states, n), states, 0.0), axis=0)
+    def exp(self, step: Float[Array, "c"], a: Float[Array, "c"]) -> Float[Array, "c"]:
+        """The decay exp(step * a / log2(e)): a comes scaled."""
+        return exp2(step * a, interpret=self.plan.interpret)
 
 
-def put_state(states: Float[Array, "s c"], n: Array, row: Float[Array, "c"]) -> Array:
-    """`states` with row n replaced."""
-    if states.shape[0] == 1:
-        return row[None]
-    return jnp.where(_is_row(states, n), row[None], states)
+def _read_ahead(
+    count: Any,
+    fetch: Callable[[Array], Any],
+    body: Callable[..., Any],
+    carry: Any,
+    first: Any,
+) -> Any:
+    """Runs `carry = body(i, what fetch(i) read, carry)`, each after fetch(i + 1); `first` is fetch(0)."""
+
+    def step(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        fetched, carry = carry
+        ahead = fetch(jnp.minimum(i + 1, count - 1))
+        return ahead, body(i, fetched, carry)
+
+    return lax.fori_loop(0, count, step, (first, carry))[1]
 
 
-def _is_row(states: Float[Array, "s c"], n: Array) -> Array:
-    return lax.broadcasted_iota(jnp.int32, states.shape, 0) == n
+def _at(ref: Any, *index: Any) -> Any:
+    """`ref.at[index]`; the interpreter takes no plain integers."""
+    return ref.at[tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)]
 
 
 def call(
@@ -288,7 +403,6 @@ def call(
     outputs: Any,
     *,
     into: dict[str, Array] | None = None,
-    interpret: bool,
 ) -> Any:
     """Runs a kernel over the whole grid.
 
@@ -299,7 +413,6 @@ def call(
       outputs: (shape, dtype) of each result, a dictionary.
       into: arrays in whose place results of that name are written; the kernel finds there what they
         hold.
-      interpret: run in Python, on any machine.
     """
     leaves, names = jax.tree.leaves(inputs), sorted(outputs)
     like, into = leaves[0], into or {}
@@ -315,6 +428,6 @@ def call(
         grid=(plan.groups * plan.blocks, plan.segments, like.shape[0]),
         compiler_params=plgpu.CompilerParams(num_warps=plan.warps, num_stages=1),
         input_output_aliases=places,
-        interpret=interpret,
+        interpret=plan.interpret,
         name=f"selective_scan{function.__name__}",
     )(inputs, into)

@@ -3,6 +3,7 @@
 Time is cut in segments that run at once, and a segment in chunks that run one after another.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,16 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .base import Tile
-from .pallas_gpu_block import (
-    Block,
-    Operands,
-    Plan,
-    call,
-    chunk_steps,
-    make_plan,
-    put_state,
-    take_state,
-)
+from .pallas_gpu_block import Block, Operands, Plan, call, chunk_steps, make_plan
+from .pallas_gpu_math import LOG2_E
 
 
 def forward(
@@ -43,8 +36,8 @@ def forward(
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"], Float[Array, "b k n d"]]:
     """y, the last state, and the states that the gradient needs; see `selective_scan`."""
     operands, start = prepare(u, delta, A, B, C, D, delta_bias, initial_state)
-    plan = make_plan(operands, tile, delta_softplus=delta_softplus, reverse=reverse)
-    out = scan(plan, operands, start, y=None, y_dtype=u.dtype, interpret=interpret)
+    flags = dict(delta_softplus=delta_softplus, reverse=reverse, interpret=interpret)
+    out = scan(make_plan(operands, tile, **flags), operands, start, y=None, y_dtype=u.dtype)
     return out["y"], out["state"].swapaxes(1, 2), out["kept"]
 
 
@@ -55,7 +48,6 @@ def scan(
     *,
     y: Float[Array, "b l d"] | None,
     y_dtype: DTypeLike,
-    interpret: bool,
 ) -> dict[str, Array]:
     """Runs the kernels.
 
@@ -65,44 +57,38 @@ def scan(
       start: the state before the first step.
       y: what the output is added to, in place; None for nothing.
       y_dtype: dtype of the output.
-      interpret: as for `call`.
 
     Returns:
       "y", the last "state" (b, n, d), and the "kept" states, (b, k, n, d).
     """
     starts = start[:, None]
     if plan.segments > 1:
-        ends = call(
-            _ends, plan, (operands,), segment_outputs(plan, operands.u), interpret=interpret
-        )
-        starts = combine(plan, operands.A, start, ends, interpret=interpret)
+        ends = call(_ends, plan, (operands,), segment_outputs(plan, operands.u))
+        starts = combine(plan, operands.A, start, ends)
     every = kept_every(plan)
     outputs = {
         "y": (operands.u.shape, y_dtype),
-        "state": (start.shape, jnp.float32),
+        "states": segment_outputs(plan, operands.u)["state"],
         "kept": kept_output(plan, operands.u, every=every),
     }
     kernel = partial(_apply, every=every, add=y is not None)
     into = None if y is None else {"y": y}
-    out: dict[str, Array] = call(
-        kernel, plan, (operands, starts), outputs, into=into, interpret=interpret
-    )
-    return out
+    out = call(kernel, plan, (operands, starts), outputs, into=into)
+    return {"y": out["y"], "state": out["states"][:, -1], "kept": out["kept"]}
 
 
 def kept_every(plan: Plan) -> int:
-    """Chunks from one kept state to the next: what is kept is no larger than u in float32.
+    """Chunks from one kept state to the next: what is kept is no larger than u in float32."""
+    return pl.cdiv(plan.n, plan.steps)
 
-    Chunks of the gradient may be shorter; both powers of two, they come to the same steps.
+
+def kept_states(length: int, d_state: int, tile: Tile | None, *, line: int | None = None) -> int:
+    """States that are kept of a sequence, or of an image with lines of that many pixels.
+
+    See `base.Kernel`.
     """
-    return pl.next_power_of_2(pl.cdiv(plan.n, plan.steps))
-
-
-def kept_states(length: int, d_state: int, tile: Tile | None) -> int:
-    """States that are kept of a sequence; see `base.Kernel`."""
-    steps = tile.steps if tile else chunk_steps(d_state)
-    every = pl.next_power_of_2(pl.cdiv(d_state, steps))
-    return pl.cdiv(pl.cdiv(length, steps), every)
+    steps = tile.steps if tile else chunk_steps(line or length)
+    return pl.cdiv(pl.cdiv(length, steps), pl.cdiv(d_state, steps))
 
 
 def prepare(
@@ -127,15 +113,18 @@ def prepare(
 
 
 def states_within(
-    plan: Plan, operands: Operands, kept: Float[Array, "b k n d"], *, interpret: bool
+    plan: Plan, operands: Operands, kept: Float[Array, "b k n d"]
 ) -> Float[Array, "b k n d"]:
     """The state before every chunk, from those that were kept."""
     if kept.shape[1] == plan.total_chunks:
         return kept
     walk = replace(plan, chunks=kept_every(plan), segments=kept.shape[1])
-    outputs = {"kept": kept_output(plan, operands.u, every=1)}
-    kernel = partial(_apply, every=1)
-    return call(kernel, walk, (operands, kept), outputs, interpret=interpret)["kept"]
+    outputs = {
+        "states": segment_outputs(walk, operands.u)["state"],
+        "kept": kept_output(plan, operands.u, every=1),
+    }
+    within: Array = call(partial(_apply, every=1), walk, (operands, kept), outputs)["kept"]
+    return within
 
 
 def kept_output(plan: Plan, u: Array, *, every: int) -> tuple[tuple[int, ...], Any]:
@@ -160,49 +149,58 @@ def combine(
     ends: dict[str, Array],
     *,
     backward: bool = False,
-    interpret: bool,
 ) -> Float[Array, "b s n d"]:
     """What enters each segment, from what enters the first one and what each adds of itself.
 
     With `backward` the segments are walked from the last to the first.
     """
-    across = replace(plan, segments=plan.n)  # a program a state
-    kernel = partial(_combine, count=plan.segments, backward=backward)
+    # The segments are steps of a sequence; a program walks those of one state.
+    across = replace(
+        plan, length=plan.segments, chunks=pl.cdiv(plan.segments, plan.steps), segments=plan.n,
+        reverse=backward, image=None,
+    )  # fmt: skip
     inputs = (ends["state"], ends["steps"], A, start)
     outputs = {"starts": (ends["state"].shape, jnp.float32)}
-    return call(kernel, across, inputs, outputs, interpret=interpret)["starts"]
+    starts: Array = call(_combine, across, inputs, outputs)["starts"]
+    return starts
 
 
-def _combine(plan: Plan, inputs: Any, out: Any, *, count: int, backward: bool) -> None:
+def _combine(plan: Plan, inputs: Any, out: Any) -> None:
     states, steps, A, start = inputs
-    block = Block(plan)
+    block = Block(plan, whole=True)
     n = block.segment
-    a = block.load(A, n)
+    a = block.load(A, n) * LOG2_E
 
-    def segment(i: Array, state: Float[Array, "c"]) -> Float[Array, "c"]:
-        s = count - 1 - i if backward else i
-        block.store(out["starts"], block.batch, s, n, value=state)
-        decay = jnp.exp(block.load(steps, block.batch, s) * a)
-        return decay * state + block.load(states, block.batch, s, n)
+    def fetch(chunk: Array) -> Any:
+        ends = [block.load(states, block.batch, place, n) for place in block.places(chunk)]
+        return block.load_rows(steps, chunk), ends
 
-    lax.fori_loop(0, count, segment, block.load(start, block.batch, n))
+    def body(chunk: Array, fetched: Any, state: Float[Array, "c"]) -> Float[Array, "c"]:
+        places, valid = block.places(chunk), block.valid(chunk)
+        for place, inside, step, end in zip(places, valid, *fetched, strict=True):
+            block.store(out["starts"], block.batch, place, n, value=state, when=inside)
+            state = block.exp(step, a) * state + end
+        return state
+
+    block.walk(fetch, body, block.load(start, block.batch, n), back=False)
 
 
 def _ends(plan: Plan, inputs: tuple[Operands], out: Any) -> None:
     (operands,) = inputs
     block = Block(plan)
-    bias = block.load(operands.delta_bias)
+    bias, zero = block.load(operands.delta_bias), jnp.zeros(plan.channels, jnp.float32)
+    rows = [out["state"]]
 
-    def chunk(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        states, total = carry
-        time = block.chunk_start(i)
-        _, steps, driven = discretize(block, operands, bias, time)
-        states, _ = _advance(block, operands, time, steps, driven, states, [])
-        return states, total + sum(steps)
+    def body(chunk: Array, fetched: Any, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        held, total = carry
+        steps, _ = block.step_sizes(fetched["delta"], bias, chunk)
+        held, _ = _advance(block, operands, rows, chunk, fetched, steps, held, [])
+        return held, total + sum(steps)
 
-    zeros = jnp.zeros((plan.states, plan.channels), jnp.float32)
-    states, total = lax.fori_loop(0, plan.chunks, chunk, (zeros, jnp.zeros(plan.channels)))
-    block.store_states(out["state"], block.batch, block.segment, value=states)
+    fetch = partial(_fetch, block, operands, with_C=False)
+    held = block.hold(rows, lambda n: [zero])
+    held, total = block.walk(fetch, body, (held, zero), back=False)
+    block.write_held(rows, held)
     block.store(out["steps"], block.batch, block.segment, value=total)
 
 
@@ -212,58 +210,75 @@ def _apply(
     operands, starts = inputs
     block = Block(plan)
     bias, D = block.load(operands.delta_bias), block.load(operands.D)
+    rows, with_y = [out["states"]], "y" in out
 
-    def chunk(i: Array, states: Float[Array, "s c"]) -> Float[Array, "s c"]:
-        time = block.chunk_start(i)
-        index = block.segment * plan.chunks + i
-        keep = (index % every == 0) & (time < plan.length)
-        block.store_states(out["kept"], block.batch, index // every, value=states, when=keep)
-        u, steps, driven = discretize(block, operands, bias, time)
-        y = [D * x for x in u] if "y" in out else []
+    def body(chunk: Array, fetched: Any, held: list[Array]) -> list[Array]:
+        def keep(n: Array, state: Array) -> None:
+            due = None if every == 1 else chunk % every == 0
+            block.store(out["kept"], block.batch, chunk // every, n, value=state, when=due)
+
+        steps, _ = block.step_sizes(fetched["delta"], bias, chunk)
+        y = [D * u for u in fetched["u"]] if with_y else []
         if add:
-            y = [x + so_far for x, so_far in zip(y, block.load_rows(out["y"], time), strict=True)]
-        states, y = _advance(block, operands, time, steps, driven, states, y)
-        if y:
-            block.store_rows(out["y"], time, y)
-        return states
+            y = [x + z for x, z in zip(y, fetched["so_far"], strict=True)]
+        held, y = _advance(block, operands, rows, chunk, fetched, steps, held, y, keep)
+        if with_y:
+            block.store_rows(out["y"], chunk, y)
+        return held
 
-    states = block.load_states(starts, block.batch, block.segment)
-    states = lax.fori_loop(0, plan.chunks, chunk, states)
-    if "state" in out:
-        last = block.segment == plan.segments - 1
-        block.store_states(out["state"], block.batch, value=states, when=last)
+    so_far = out["y"] if add else None
+    fetch = partial(_fetch, block, operands, with_C=with_y, so_far=so_far)
+    held = block.hold(rows, lambda n: [block.load(starts, block.batch, block.segment, n)])
+    block.write_held(rows, block.walk(fetch, body, held, back=False))
 
 
-def discretize(
-    block: Block, operands: Operands, bias: Float[Array, "c"], time: Array
-) -> tuple[list[Array], list[Array], list[Array]]:
-    """Rows of a chunk: u, the step sizes and their product."""
-    u = block.load_rows(operands.u, time)
-    steps = block.step_sizes(block.load_rows(operands.delta, time), bias, time)
-    return u, steps, [step * x for step, x in zip(steps, u, strict=True)]
+def _fetch(
+    block: Block, operands: Operands, chunk: Array, *, with_C: bool, so_far: Any = None
+) -> dict[str, Any]:
+    """What a chunk reads ahead."""
+    first = _of_state(block, operands, chunk, jnp.int32(0), with_C=with_C)
+    rows = {name: block.load_rows(getattr(operands, name), chunk) for name in ("u", "delta")}
+    if so_far is not None:
+        rows["so_far"] = block.load_rows(so_far, chunk)
+    return rows | {"first": first}
+
+
+def _of_state(
+    block: Block, operands: Operands, chunk: Array, n: Array, *, with_C: bool
+) -> dict[str, Any]:
+    """What a state of a chunk reads."""
+    names = ("B", "C") if with_C else ("B",)
+    matrices = {name: block.load_matrix(getattr(operands, name), chunk, n) for name in names}
+    return matrices | {"A": block.load(operands.A, n)}
 
 
 def _advance(
     block: Block,
     operands: Operands,
-    time: Array,
+    rows: list[Any],
+    chunk: Array,
+    fetched: dict[str, Any],
     steps: list[Float[Array, "c"]],
-    driven: list[Float[Array, "c"]],
-    states: Float[Array, "s c"],
+    held: list[Float[Array, "c"]],
     y: list[Float[Array, "c"]],
-) -> tuple[Float[Array, "s c"], list[Float[Array, "c"]]]:
+    keep: Callable[[Array, Array], None] | None = None,
+) -> tuple[list[Float[Array, "c"]], list[Float[Array, "c"]]]:
     """Carries the states through a chunk, and adds C . state to the rows of y, if there are any."""
+    driven = [step * u for step, u in zip(steps, fetched["u"], strict=True)]
 
-    def one_state(n: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        states, y = carry
-        a, state = block.load(operands.A, n), take_state(states, n)
-        B = block.load_scalars(operands.B, time, n)
-        C = block.load_scalars(operands.C, time, n) if y else []
-        trace = []
-        for step, drive, b in zip(steps, driven, B, strict=True):
-            state = jnp.exp(step * a) * state + drive * b
+    def body(n: Array, known: dict[str, Any], row: list[Array], y: list[Array]) -> Any:
+        (state,) = row
+        if keep:
+            keep(n, state)
+        a, trace = known["A"] * LOG2_E, []
+        for step, drive, b in zip(steps, driven, known["B"], strict=True):
+            state = block.exp(step, a) * state + drive * b.astype(jnp.float32)
             trace.append(state)
-        y = [total + c * h for total, c, h in zip(y, C, trace, strict=False)]
-        return put_state(states, n, state), y
+        y = [
+            total + c.astype(jnp.float32) * h
+            for total, c, h in zip(y, known.get("C", []), trace, strict=False)
+        ]
+        return [state], y
 
-    return block.for_each_state(one_state, (states, y))
+    fetch = partial(_of_state, block, operands, chunk, with_C=bool(y))
+    return block.each_state(rows, held, fetch, fetched["first"], body, y)

@@ -20,17 +20,17 @@ at most 8 n / `steps` for the states of the chunks.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .base import Tile
-from .pallas_gpu_block import Block, Operands, Plan, call, make_plan, put_state, take_state
-from .pallas_gpu_forward import combine, discretize, prepare, segment_outputs, states_within
+from .pallas_gpu_block import Block, Operands, Plan, call, make_plan
+from .pallas_gpu_forward import combine, prepare, segment_outputs, states_within
+from .pallas_gpu_math import LOG2_E
 
 
 def backward(
@@ -53,11 +53,10 @@ def backward(
 ) -> tuple[Array | None, ...]:
     """The gradient of each operand, None for those that are None; see `selective_scan`."""
     operands, _ = prepare(u, delta, A, B, C, D, delta_bias, initial_state)
-    plan = make_plan(operands, tile, delta_softplus=delta_softplus, reverse=reverse, backward=True)
+    flags = dict(delta_softplus=delta_softplus, reverse=reverse, interpret=interpret)
+    plan = make_plan(operands, tile, **flags)
     after = state_gradient.astype(jnp.float32).swapaxes(1, 2)
-    out = differentiate(
-        plan, operands, kept, y_gradient, after, of_u=None, u_dtype=u.dtype, interpret=interpret
-    )
+    out = differentiate(plan, operands, kept, y_gradient, after, of_u=None, u_dtype=u.dtype)
 
     def as_given(x: Array, operand: Array | None) -> Array | None:
         return None if operand is None else x.astype(operand.dtype)
@@ -70,7 +69,7 @@ def backward(
         as_given(jnp.moveaxis(out["C"].sum(2), -1, 1), C),
         as_given(out["D"].sum((0, 1)), D),
         as_given(out["delta_bias"].sum((0, 1)), delta_bias),
-        as_given(out["initial_state"].swapaxes(1, 2), initial_state),
+        as_given(out["initial_state"][:, 0].swapaxes(1, 2), initial_state),
     )
 
 
@@ -83,7 +82,6 @@ def differentiate(
     *,
     of_u: Float[Array, "b l d"] | None,
     u_dtype: DTypeLike,
-    interpret: bool,
 ) -> dict[str, Array]:
     """Runs the kernels.
 
@@ -95,22 +93,21 @@ def differentiate(
       after: gradient of the last state.
       of_u: what u's gradient is added to, in place; None for nothing.
       u_dtype: dtype of u's gradient.
-      interpret: as for `call`.
 
     Returns:
       What `_outputs` lists, by name.
     """
-    states = states_within(plan, operands, kept, interpret=interpret)
+    states = states_within(plan, operands, kept)
     entering = after[:, None]
     if plan.segments > 1:
         outputs = segment_outputs(plan, operands.u)
-        ends = call(_ends, plan, (operands, y_gradient), outputs, interpret=interpret)
-        entering = combine(plan, operands.A, after, ends, backward=True, interpret=interpret)
+        ends = call(_ends, plan, (operands, y_gradient), outputs)
+        entering = combine(plan, operands.A, after, ends, backward=True)
     kernel = partial(_gradients, add=of_u is not None)
     into = None if of_u is None else {"u": of_u}
     inputs = (operands, states, y_gradient, entering)
     outputs = _outputs(plan, operands, u_dtype)
-    out: dict[str, Array] = call(kernel, plan, inputs, outputs, into=into, interpret=interpret)
+    out: dict[str, Array] = call(kernel, plan, inputs, outputs, into=into)
     return out
 
 
@@ -129,34 +126,50 @@ def _outputs(
         "C": of_matrix,
         "D": of_channel,
         "delta_bias": of_channel,
-        "initial_state": ((b, n, d), jnp.float32),
+        "initial_state": ((b, s, n, d), jnp.float32),
     }
 
 
 def _ends(plan: Plan, inputs: tuple[Operands, Any], out: Any) -> None:
     operands, y_gradient = inputs
     block = Block(plan)
-    bias = block.load(operands.delta_bias)
+    bias, zero = block.load(operands.delta_bias), jnp.zeros(plan.channels, jnp.float32)
+    rows = [out["state"]]
 
-    def chunk(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        passed, total = carry
-        time = block.chunk_start(plan.chunks - 1 - i)
-        steps = block.step_sizes(block.load_rows(operands.delta, time), bias, time)
-        of_y = block.load_rows(y_gradient, time)
+    def of_state(chunk: Array, n: Array) -> dict[str, Any]:
+        return {"A": block.load(operands.A, n), "C": block.load_matrix(operands.C, chunk, n)}
 
-        def one_state(n: Array, passed: Float[Array, "s c"]) -> Float[Array, "s c"]:
-            a, q = block.load(operands.A, n), take_state(passed, n)
-            C = block.load_scalars(operands.C, time, n)
-            for step, c, dy in reversed(list(zip(steps, C, of_y, strict=True))):
-                q = jnp.exp(step * a) * (c * dy + q)
-            return put_state(passed, n, q)
+    def fetch(chunk: Array) -> dict[str, Any]:
+        return {
+            "first": of_state(chunk, jnp.int32(0)),
+            "delta": block.load_rows(operands.delta, chunk),
+            "of_y": block.load_rows(y_gradient, chunk),
+        }
 
-        return block.for_each_state(one_state, passed), total + sum(steps)
+    def body(chunk: Array, fetched: Any, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        held, total = carry
+        steps, _ = block.step_sizes(fetched["delta"], bias, chunk)
+        of_y = _of_y(block, fetched, chunk)
 
-    zeros = jnp.zeros((plan.states, plan.channels), jnp.float32)
-    passed, total = lax.fori_loop(0, plan.chunks, chunk, (zeros, jnp.zeros(plan.channels)))
-    block.store_states(out["state"], block.batch, block.segment, value=passed)
+        def pass_on(n: Array, known: Any, row: list[Array], _: None) -> tuple[list[Array], None]:
+            a, (q,) = known["A"] * LOG2_E, row
+            for step, c, dy in reversed(list(zip(steps, known["C"], of_y, strict=True))):
+                q = block.exp(step, a) * (c.astype(jnp.float32) * dy + q)
+            return [q], None
+
+        held, _ = block.each_state(
+            rows, held, partial(of_state, chunk), fetched["first"], pass_on, None
+        )
+        return held, total + sum(steps)
+
+    held = block.hold(rows, lambda n: [zero])
+    held, total = block.walk(fetch, body, (held, zero), back=True)
+    block.write_held(rows, held)
     block.store(out["steps"], block.batch, block.segment, value=total)
+
+
+def _of_y(block: Block, fetched: dict[str, Any], chunk: Array) -> list[Float[Array, "c"]]:
+    return block.within([x.astype(jnp.float32) for x in fetched["of_y"]], chunk)
 
 
 def _gradients(plan: Plan, inputs: tuple[Operands, Any, Any, Any], out: Any, *, add: bool) -> None:
@@ -164,64 +177,98 @@ def _gradients(plan: Plan, inputs: tuple[Operands, Any, Any, Any], out: Any, *, 
     block = Block(plan)
     here = (block.batch, block.segment)
     bias, D = block.load(operands.delta_bias), block.load(operands.D)
+    zero = jnp.zeros(plan.channels, jnp.float32)
+    rows = [out["initial_state"], out["A"]]
 
-    def chunk(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        passed, of_D, of_bias = carry
-        index = plan.chunks - 1 - i
-        time = block.chunk_start(index)
-        u, steps, driven = discretize(block, operands, bias, time)
-        of_y = block.load_rows(y_gradient, time)
-        before = jnp.minimum(block.segment * plan.chunks + index, plan.total_chunks - 1)
+    def of_state(chunk: Array, n: Array) -> dict[str, Any]:
+        return {
+            "A": block.load(operands.A, n),
+            "state": block.load(states, block.batch, chunk, n),
+            "B": block.load_matrix(operands.B, chunk, n),
+            "C": block.load_matrix(operands.C, chunk, n),
+        }
 
-        def one_state(n: Array, carry: tuple[Array, list[Array], list[Array]]) -> Any:
-            passed, of_driven, of_step = carry
-            a, q = block.load(operands.A, n), take_state(passed, n)
-            state = block.load(states, block.batch, before, n)
-            B = block.load_scalars(operands.B, time, n)
-            C = block.load_scalars(operands.C, time, n)
-            decays, carried, of_C = [], [], []
-            for step, drive, b, dy in zip(steps, driven, B, of_y, strict=True):
-                decays.append(jnp.exp(step * a))
-                carried.append(decays[-1] * state)
-                state = carried[-1] + drive * b
-                of_C.append(jnp.sum(dy * state))
-            of_A, of_B = jnp.zeros(plan.channels), [jnp.float32(0)] * plan.steps
-            of_driven, of_step = list(of_driven), list(of_step)
-            for k in reversed(range(plan.steps)):
-                reaching = C[k] * of_y[k] + q
-                of_B[k] = jnp.sum(reaching * driven[k])
-                of_driven[k] += reaching * B[k]
-                of_exponent = reaching * carried[k]
-                of_step[k] += of_exponent * a
-                of_A += of_exponent * steps[k]
-                q = decays[k] * reaching
-            block.store_scalars(out["B"], time, n, of_B)
-            block.store_scalars(out["C"], time, n, of_C)
-            # The first chunk finds nothing there yet; n rows in registers would be too many.
-            so_far = jnp.where(i == 0, 0.0, block.load(out["A"], *here, n, when=i > 0))
-            block.store(out["A"], *here, n, value=so_far + of_A)
-            return put_state(passed, n, q), of_driven, of_step
+    def fetch(chunk: Array) -> dict[str, Any]:
+        arrays = {"u": operands.u, "delta": operands.delta, "of_y": y_gradient}
+        arrays |= {"so_far": out["u"]} if add else {}
+        of_rows = {name: block.load_rows(x, chunk) for name, x in arrays.items()}
+        return of_rows | {"first": of_state(chunk, jnp.int32(0))}
 
-        zeros = [jnp.zeros(plan.channels)] * plan.steps
-        passed, of_driven, of_step = block.for_each_state(one_state, (passed, zeros, zeros))
-        of_delta = [x + y * z for x, y, z in zip(of_step, of_driven, u, strict=True)]
-        if plan.delta_softplus:
-            raw = block.load_rows(operands.delta, time)
-            slopes = (jax.nn.sigmoid(x + bias) for x in raw)
-            of_delta = [x * slope for x, slope in zip(of_delta, slopes, strict=True)]
+    def body(chunk: Array, fetched: Any, carry: tuple[list[Array], Array, Array]) -> Any:
+        held, of_D, of_bias = carry
+        u = [x.astype(jnp.float32) for x in fetched["u"]]
+        of_y = _of_y(block, fetched, chunk)
+        steps, slopes = block.step_sizes(fetched["delta"], bias, chunk)
+        driven = [step * x for step, x in zip(steps, u, strict=True)]
+
+        def add_state(n: Array, known: Any, row: list[Array], carry: Any) -> Any:
+            q, of_A = row
+            found = _of_state(block, known, steps, driven, of_y, q)
+            block.store_matrix(out["B"], chunk, n, found.B)
+            block.store_matrix(out["C"], chunk, n, found.C)
+            sums = jax.tree.map(jnp.add, carry, (found.driven, found.step))
+            return [found.passed, of_A + found.A], sums
+
+        zeros = [zero] * plan.steps
+        held, (of_driven, of_step) = block.each_state(
+            rows, held, partial(of_state, chunk), fetched["first"], add_state, (zeros, zeros)
+        )
+        of_delta = [
+            (x + y * z) * slope()
+            for x, y, z, slope in zip(of_step, of_driven, u, slopes, strict=True)
+        ]
         of_u = [D * x + y * z for x, y, z in zip(of_y, of_driven, steps, strict=True)]
         if add:
-            of_u = [x + y for x, y in zip(of_u, block.load_rows(out["u"], time), strict=True)]
-        block.store_rows(out["u"], time, of_u)
-        block.store_rows(out["delta"], time, of_delta)
+            of_u = [x + y for x, y in zip(of_u, fetched["so_far"], strict=True)]
+        block.store_rows(out["u"], chunk, of_u)
+        block.store_rows(out["delta"], chunk, of_delta)
         of_D += sum(x * y for x, y in zip(u, of_y, strict=True))
-        of_bias += sum(block.within(of_delta, time))
-        return passed, of_D, of_bias
+        return held, of_D, of_bias + sum(block.within(of_delta, chunk))
 
-    zeros = jnp.zeros(plan.channels)
-    first = (block.load_states(entering, *here), zeros, zeros)
-    passed, of_D, of_bias = lax.fori_loop(0, plan.chunks, chunk, first)
+    held = block.hold(rows, lambda n: [block.load(entering, *here, n), zero])
+    held, of_D, of_bias = block.walk(fetch, body, (held, zero, zero), back=True)
+    block.write_held(rows, held)
     block.store(out["D"], *here, value=of_D)
     block.store(out["delta_bias"], *here, value=of_bias)
-    start = block.segment == 0
-    block.store_states(out["initial_state"], block.batch, value=passed, when=start)
+
+
+class _OfState(NamedTuple):
+    """What one state of a chunk contributes to the gradients; lists have an entry a step."""
+
+    B: list[Float[Array, ""]]
+    C: list[Float[Array, ""]]
+    A: Float[Array, "c"]
+    driven: list[Float[Array, "c"]]
+    step: list[Float[Array, "c"]]
+    passed: Float[Array, "c"]
+
+
+def _of_state(
+    block: Block,
+    known: dict[str, Any],
+    steps: list[Float[Array, "c"]],
+    driven: list[Float[Array, "c"]],
+    of_y: list[Float[Array, "c"]],
+    q: Float[Array, "c"],
+) -> _OfState:
+    """Walks the state through the chunk, and what reaches it back."""
+    a, state = known["A"], known["state"]
+    B, C = ([x.astype(jnp.float32) for x in known[name]] for name in "BC")
+    decays, carried, of_C = [], [], []
+    for step, drive, b, dy in zip(steps, driven, B, of_y, strict=True):
+        decays.append(block.exp(step, a * LOG2_E))
+        carried.append(decays[-1] * state)
+        state = carried[-1] + drive * b
+        of_C.append(jnp.sum(dy * state))
+    of_A = jnp.zeros_like(a)
+    of_B, of_driven, of_step = [], [], []
+    for k in reversed(range(len(steps))):
+        reaching = C[k] * of_y[k] + q
+        of_B.append(jnp.sum(reaching * driven[k]))
+        of_driven.append(reaching * B[k])
+        of_exponent = reaching * carried[k]
+        of_step.append(of_exponent * a)
+        of_A += of_exponent * steps[k]
+        q = decays[k] * reaching
+    back = slice(None, None, -1)
+    return _OfState(of_B[back], of_C, of_A, of_driven[back], of_step[back], q)
