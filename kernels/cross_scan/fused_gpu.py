@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..matmul import matmul
-from ..selective_scan.pallas_gpu_block import ImageRoute, Operands, Plan, make_plan
 from ..selective_scan.pallas_gpu_forward import kept_states, scan
+from ..selective_scan.pallas_gpu_plan import ImageRoute, Operands, Plan, make_plan
 from ..selective_scan.pallas_gpu_vjp import differentiate
 from .frame import ROUTES, Frame
 from .patterns import routes_of

@@ -1,20 +1,15 @@
-"""What the Pallas kernels for GPUs share: how the work is cut, and reading and writing rows of it.
+"""What the Pallas kernels for GPUs share: walking through time, and reading and writing rows of it.
 
-    grid          (blocks of channels, segments of time, batch), all of them independent programs
-    a program     walks its segment chunk by chunk; a chunk is `steps` time steps, unrolled
-    registers     a thread holds its channels: the state, and the rows of one chunk
+`pallas_gpu_plan` says how the work is cut. Lengths and channels that do not divide are masked: a
+step of size zero changes nothing, its decay is 1 and its drive 0.
 
-A block of channels lies in one group. Lengths and channels that do not divide are masked: a step of
-size zero changes nothing, its decay is 1 and its drive 0.
-
-Time below is counted in scan order; `Block.row` alone knows about `reverse`, and about the order in
-which a route visits the pixels of an image.
+Time below is counted in scan order; `Block.places` alone knows about `reverse`, and about the order
+in which a route visits the pixels of an image.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,160 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from .base import Tile, output
-from .pallas_gpu_math import LOG2_E, exp2, softplus_of_log2
-
-THREADS = 32  # of a warp
-# A warp that reads a chunk ahead keeps enough of the memory busy from here on.
-FEWEST_WARPS = 640
-# What a scan that is cut in segments has: more than one wave of them, to end at the same time.
-ENOUGH_WARPS = 2048
-_LONGEST_CHUNK = 8
-
-
-class Operands(NamedTuple):
-    """The arrays of a scan (or references to them) as the kernels take them.
-
-    u, delta, B and C are as they were given; A, D and delta_bias are float32, and A is transposed,
-    so that channels are contiguous everywhere. Of an image, with `Plan.image`, time is l = h * w in
-    memory order, and B and C have the routes for groups.
-    """
-
-    u: Float[Array, "b l d"]
-    delta: Float[Array, "b l d"]
-    A: Float[Array, "n d"]
-    B: Float[Array, "b l g n"]
-    C: Float[Array, "b l g n"]
-    D: Float[Array, "d"]
-    delta_bias: Float[Array, "d"]
-
-
-class ImageRoute(NamedTuple):
-    """A scan along one route through an image, whose operands stay in image layout.
-
-    Attributes:
-      group: the route's place in B and C.
-      height: rows of the image.
-      width: columns of the image.
-      columns: walk down the columns, instead of along the rows.
-    """
-
-    group: int
-    height: int
-    width: int
-    columns: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the work is cut; all of it is fixed at trace time.
-
-    Attributes:
-      length: time steps of the scan.
-      d: channels of all groups.
-      n: states of a channel.
-      groups: groups that share B and C.
-      steps: time steps of a chunk.
-      channels: channels of a block, a power of two.
-      chunks: chunks of a segment.
-      segments: segments of the length.
-      warps: warps of a program.
-      delta_softplus: as in `selective_scan`.
-      reverse: as in `selective_scan`.
-      image: what is scanned if it is no sequence.
-      interpret: run in Python, on any machine.
-    """
-
-    length: int
-    d: int
-    n: int
-    groups: int
-    steps: int
-    channels: int
-    chunks: int
-    segments: int
-    warps: int
-    delta_softplus: bool
-    reverse: bool
-    image: ImageRoute | None = None
-
-    interpret: bool = False
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of channels of a group."""
-        return pl.cdiv(self.d // self.groups, self.channels)
-
-    @property
-    def total_chunks(self) -> int:
-        """Chunks of the whole length."""
-        return pl.cdiv(self.length, self.steps)
-
-    @property
-    def ragged(self) -> bool:
-        """Whether the last chunk reaches past the end."""
-        return self.length % self.steps > 0
-
-    @property
-    def stride(self) -> int | None:
-        """From the place of a step in memory to that of the next in a chunk; None if it varies."""
-        if self.image is None or not self.image.columns:
-            stride = 1
-        elif self.image.height % self.steps == 0:
-            stride = self.image.width
-        else:
-            return None
-        return -stride if self.reverse else stride
-
-
-def make_plan(
-    operands: Operands,
-    tile: Tile | None,
-    *,
-    delta_softplus: bool,
-    reverse: bool,
-    image: ImageRoute | None = None,
-    interpret: bool = False,
-) -> Plan:
-    """Cuts the work so that there are enough programs to fill a GPU.
-
-    Segments cost a second pass over the input, so there is only one where batch and channels
-    suffice.
-
-    Args:
-      operands: the operands.
-      tile: overrides the size of chunks and blocks.
-      delta_softplus: as in `selective_scan`.
-      reverse: as in `selective_scan`.
-      image: what is scanned if it is no sequence.
-      interpret: run in Python, on any machine.
-    """
-    (b, length, d), n = operands.u.shape, operands.A.shape[0]
-    groups = 1 if image else operands.B.shape[2]
-    steps, channels, warps = tile or Tile(chunk_steps(image.height if image else length))
-    warps = warps or 1
-    channels = channels or min(THREADS * warps, pl.next_power_of_2(d // groups))
-    in_flight = b * groups * pl.cdiv(d // groups, channels) * warps
-    chunks = pl.cdiv(length, steps)
-    wanted = 1 if in_flight >= FEWEST_WARPS else max(1, ENOUGH_WARPS // in_flight)
-    segment = pl.cdiv(chunks, wanted)
-    return Plan(
-        *(length, d, n, groups, steps, channels, segment, pl.cdiv(chunks, segment), warps),
-        delta_softplus=delta_softplus,
-        reverse=reverse,
-        image=image,
-        interpret=interpret,
-    )
-
-
-def chunk_steps(length: int) -> int:
-    """Time steps of a chunk: what a thread's registers hold, and what divides the length if it can.
-
-    Args:
-      length: steps of the scan, or rows of an image.
-    """
-    fitting = (x for x in range(_LONGEST_CHUNK, _LONGEST_CHUNK // 2, -1) if length % x == 0)
-    return next(fitting, _LONGEST_CHUNK)
+from .base import output
+from .pallas_gpu_math import LOG2_E, exp2, fma, softplus_of_log2
+from .pallas_gpu_plan import CHUNKS_AHEAD, Plan
 
 
 class Block:
@@ -206,7 +50,7 @@ class Block:
     ) -> Any:
         """Runs `carry = body(chunk, what fetch(chunk) read, carry)` over the segment's chunks.
 
-        What a chunk reads is asked for while the one before it is computed.
+        What a chunk reads is asked for while those before it are computed.
 
         Args:
           fetch: reads from the arrays, given the number of a chunk.
@@ -224,7 +68,7 @@ class Block:
             lambda i: fetch(number(i)),
             lambda i, fetched, carry: body(number(i), fetched, carry),
             carry,
-            fetch(number(0)),
+            tuple(fetch(number(jnp.minimum(i, last))) for i in range(CHUNKS_AHEAD)),
         )
 
     def hold(self, refs: list[Any], initial: Callable[[Array], list[Array]]) -> list[Array]:
@@ -275,8 +119,8 @@ class Block:
             self._write(refs, n, rows)
             return carry
 
-        begun = first, self._read(refs, jnp.int32(0))
-        return [], _read_ahead(self.plan.n, read, step, carry, begun)
+        begun = (first, self._read(refs, jnp.int32(0)))
+        return [], _read_ahead(self.plan.n, read, step, carry, (begun,))
 
     def write_held(self, refs: list[Any], held: list[Array]) -> None:
         """Writes the rows, if they are in registers."""
@@ -365,12 +209,16 @@ class Block:
             steps = [delta.astype(jnp.float32) + bias for delta in raw]
             return self.within(steps, chunk), [lambda: jnp.ones_like(bias)] * len(raw)
         bias = bias * LOG2_E
-        scaled = (delta.astype(jnp.float32) * LOG2_E + bias for delta in raw)
+        scaled = (self.fma(delta.astype(jnp.float32), jnp.float32(LOG2_E), bias) for delta in raw)
         pairs = [softplus_of_log2(x, interpret=self.plan.interpret) for x in scaled]
         return self.within([step for step, _ in pairs], chunk), [slope for _, slope in pairs]
 
-    def exp(self, step: Float[Array, "c"], a: Float[Array, "c"]) -> Float[Array, "c"]:
-        """The decay exp(step * a / log2(e)): a comes scaled."""
+    def fma(self, a: Any, b: Any, c: Any) -> Float[Array, "c"]:
+        """The sum a b + c, rounded once."""
+        return fma(a, b, c, interpret=self.plan.interpret)
+
+    def decay(self, step: Float[Array, "c"], a: Float[Array, "c"]) -> Float[Array, "c"]:
+        """The decay of a step, with log2(e) times A for `a`."""
         return exp2(step * a, interpret=self.plan.interpret)
 
 
@@ -379,16 +227,24 @@ def _read_ahead(
     fetch: Callable[[Array], Any],
     body: Callable[..., Any],
     carry: Any,
-    first: Any,
+    begun: tuple[Any, ...],
 ) -> Any:
-    """Runs `carry = body(i, what fetch(i) read, carry)`, each after fetch(i + 1); `first` is fetch(0)."""
+    """Runs `carry = body(i, what fetch(i) read, carry)`, with the next ones' reads under way.
 
-    def step(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        fetched, carry = carry
-        ahead = fetch(jnp.minimum(i + 1, count - 1))
-        return ahead, body(i, fetched, carry)
+    Args:
+      count: how often.
+      fetch: reads.
+      body: computes.
+      carry: what the first is given.
+      begun: what fetch read for the first ones, as many as are to be under way.
+    """
 
-    return lax.fori_loop(0, count, step, (first, carry))[1]
+    def step(i: Array, carry: tuple[tuple[Any, ...], Any]) -> tuple[tuple[Any, ...], Any]:
+        (fetched, *under_way), carry = carry
+        ahead = fetch(jnp.minimum(i + len(begun), count - 1))
+        return (*under_way, ahead), body(i, fetched, carry)
+
+    return lax.fori_loop(0, count, step, (begun, carry))[1]
 
 
 def _at(ref: Any, *index: Any) -> Any:

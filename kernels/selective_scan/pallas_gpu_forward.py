@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .base import Tile
-from .pallas_gpu_block import Block, Operands, Plan, call, chunk_steps, make_plan
+from .pallas_gpu_block import Block, call
 from .pallas_gpu_math import LOG2_E
+from .pallas_gpu_plan import Operands, Plan, chunk_steps, make_plan
 
 
 def forward(
@@ -36,8 +36,10 @@ def forward(
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"], Float[Array, "b k n d"]]:
     """y, the last state, and the states that the gradient needs; see `selective_scan`."""
     operands, start = prepare(u, delta, A, B, C, D, delta_bias, initial_state)
-    flags = dict(delta_softplus=delta_softplus, reverse=reverse, interpret=interpret)
-    out = scan(make_plan(operands, tile, **flags), operands, start, y=None, y_dtype=u.dtype)
+    plan = make_plan(
+        operands, tile, delta_softplus=delta_softplus, reverse=reverse, interpret=interpret
+    )
+    out = scan(plan, operands, start, y=None, y_dtype=u.dtype)
     return out["y"], out["state"].swapaxes(1, 2), out["kept"]
 
 
@@ -179,7 +181,7 @@ def _combine(plan: Plan, inputs: Any, out: Any) -> None:
         places, valid = block.places(chunk), block.valid(chunk)
         for place, inside, step, end in zip(places, valid, *fetched, strict=True):
             block.store(out["starts"], block.batch, place, n, value=state, when=inside)
-            state = block.exp(step, a) * state + end
+            state = block.fma(block.decay(step, a), state, end)
         return state
 
     block.walk(fetch, body, block.load(start, block.batch, n), back=False)
@@ -220,7 +222,8 @@ def _apply(
         steps, _ = block.step_sizes(fetched["delta"], bias, chunk)
         y = [D * u for u in fetched["u"]] if with_y else []
         if add:
-            y = [x + z for x, z in zip(y, fetched["so_far"], strict=True)]
+            known = zip(fetched["u"], fetched["so_far"], strict=True)
+            y = [block.fma(D, u.astype(jnp.float32), so_far) for u, so_far in known]
         held, y = _advance(block, operands, rows, chunk, fetched, steps, held, y, keep)
         if with_y:
             block.store_rows(out["y"], chunk, y)
@@ -272,10 +275,10 @@ def _advance(
             keep(n, state)
         a, trace = known["A"] * LOG2_E, []
         for step, drive, b in zip(steps, driven, known["B"], strict=True):
-            state = block.exp(step, a) * state + drive * b.astype(jnp.float32)
+            state = block.fma(block.decay(step, a), state, drive * b.astype(jnp.float32))
             trace.append(state)
         y = [
-            total + c.astype(jnp.float32) * h
+            block.fma(c.astype(jnp.float32), h, total)
             for total, c, h in zip(y, known.get("C", []), trace, strict=False)
         ]
         return [state], y

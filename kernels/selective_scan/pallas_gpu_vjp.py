@@ -22,15 +22,15 @@ at most 8 n / `steps` for the states of the chunks.
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .base import Tile
-from .pallas_gpu_block import Block, Operands, Plan, call, make_plan
+from .pallas_gpu_block import Block, call
 from .pallas_gpu_forward import combine, prepare, segment_outputs, states_within
 from .pallas_gpu_math import LOG2_E
+from .pallas_gpu_plan import Operands, Plan, make_plan
 
 
 def backward(
@@ -53,8 +53,9 @@ def backward(
 ) -> tuple[Array | None, ...]:
     """The gradient of each operand, None for those that are None; see `selective_scan`."""
     operands, _ = prepare(u, delta, A, B, C, D, delta_bias, initial_state)
-    flags = dict(delta_softplus=delta_softplus, reverse=reverse, interpret=interpret)
-    plan = make_plan(operands, tile, **flags)
+    plan = make_plan(
+        operands, tile, delta_softplus=delta_softplus, reverse=reverse, interpret=interpret
+    )
     after = state_gradient.astype(jnp.float32).swapaxes(1, 2)
     out = differentiate(plan, operands, kept, y_gradient, after, of_u=None, u_dtype=u.dtype)
 
@@ -154,7 +155,7 @@ def _ends(plan: Plan, inputs: tuple[Operands, Any], out: Any) -> None:
         def pass_on(n: Array, known: Any, row: list[Array], _: None) -> tuple[list[Array], None]:
             a, (q,) = known["A"] * LOG2_E, row
             for step, c, dy in reversed(list(zip(steps, known["C"], of_y, strict=True))):
-                q = block.exp(step, a) * (c.astype(jnp.float32) * dy + q)
+                q = block.decay(step, a) * block.fma(c.astype(jnp.float32), dy, q)
             return [q], None
 
         held, _ = block.each_state(
@@ -202,27 +203,29 @@ def _gradients(plan: Plan, inputs: tuple[Operands, Any, Any, Any], out: Any, *, 
         driven = [step * x for step, x in zip(steps, u, strict=True)]
 
         def add_state(n: Array, known: Any, row: list[Array], carry: Any) -> Any:
-            q, of_A = row
-            found = _of_state(block, known, steps, driven, of_y, q)
+            (q, of_A), (of_driven, of_step) = row, carry
+            found = _of_state(block, known, steps, driven, of_y, q, of_A, of_driven, of_step)
             block.store_matrix(out["B"], chunk, n, found.B)
             block.store_matrix(out["C"], chunk, n, found.C)
-            sums = jax.tree.map(jnp.add, carry, (found.driven, found.step))
-            return [found.passed, of_A + found.A], sums
+            return [found.passed, found.A], (found.driven, found.step)
 
         zeros = [zero] * plan.steps
         held, (of_driven, of_step) = block.each_state(
             rows, held, partial(of_state, chunk), fetched["first"], add_state, (zeros, zeros)
         )
         of_delta = [
-            (x + y * z) * slope()
+            block.fma(y, z, x) * slope()
             for x, y, z, slope in zip(of_step, of_driven, u, slopes, strict=True)
         ]
-        of_u = [D * x + y * z for x, y, z in zip(of_y, of_driven, steps, strict=True)]
+        direct = [D * dy for dy in of_y]
         if add:
-            of_u = [x + y for x, y in zip(of_u, fetched["so_far"], strict=True)]
+            known = zip(of_y, fetched["so_far"], strict=True)
+            direct = [block.fma(D, dy, so_far) for dy, so_far in known]
+        of_u = [block.fma(x, y, z) for x, y, z in zip(of_driven, steps, direct, strict=True)]
         block.store_rows(out["u"], chunk, of_u)
         block.store_rows(out["delta"], chunk, of_delta)
-        of_D += sum(x * y for x, y in zip(u, of_y, strict=True))
+        for x, dy in zip(u, of_y, strict=True):
+            of_D = block.fma(x, dy, of_D)
         return held, of_D, of_bias + sum(block.within(of_delta, chunk))
 
     held = block.hold(rows, lambda n: [block.load(entering, *here, n), zero])
@@ -233,7 +236,10 @@ def _gradients(plan: Plan, inputs: tuple[Operands, Any, Any, Any], out: Any, *, 
 
 
 class _OfState(NamedTuple):
-    """What one state of a chunk contributes to the gradients; lists have an entry a step."""
+    """What one state of a chunk gives to the gradients; lists have an entry a step.
+
+    A, driven and step are sums over what came before and this.
+    """
 
     B: list[Float[Array, ""]]
     C: list[Float[Array, ""]]
@@ -250,25 +256,26 @@ def _of_state(
     driven: list[Float[Array, "c"]],
     of_y: list[Float[Array, "c"]],
     q: Float[Array, "c"],
+    of_A: Float[Array, "c"],
+    of_driven: list[Float[Array, "c"]],
+    of_step: list[Float[Array, "c"]],
 ) -> _OfState:
     """Walks the state through the chunk, and what reaches it back."""
     a, state = known["A"], known["state"]
     B, C = ([x.astype(jnp.float32) for x in known[name]] for name in "BC")
     decays, carried, of_C = [], [], []
     for step, drive, b, dy in zip(steps, driven, B, of_y, strict=True):
-        decays.append(block.exp(step, a * LOG2_E))
+        decays.append(block.decay(step, a * LOG2_E))
         carried.append(decays[-1] * state)
-        state = carried[-1] + drive * b
+        state = block.fma(drive, b, carried[-1])
         of_C.append(jnp.sum(dy * state))
-    of_A = jnp.zeros_like(a)
-    of_B, of_driven, of_step = [], [], []
+    of_B, of_driven, of_step = [], list(of_driven), list(of_step)
     for k in reversed(range(len(steps))):
-        reaching = C[k] * of_y[k] + q
+        reaching = block.fma(C[k], of_y[k], q)
         of_B.append(jnp.sum(reaching * driven[k]))
-        of_driven.append(reaching * B[k])
+        of_driven[k] = block.fma(reaching, B[k], of_driven[k])
         of_exponent = reaching * carried[k]
-        of_step.append(of_exponent * a)
-        of_A += of_exponent * steps[k]
+        of_step[k] = block.fma(of_exponent, a, of_step[k])
+        of_A = block.fma(of_exponent, steps[k], of_A)
         q = decays[k] * reaching
-    back = slice(None, None, -1)
-    return _OfState(of_B[back], of_C, of_A, of_driven[back], of_step[back], q)
+    return _OfState(of_B[::-1], of_C, of_A, of_driven, of_step, q)

@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from .base import Tile, output
-from .pallas_gpu_block import Operands
 from .pallas_gpu_forward import prepare
+from .pallas_gpu_plan import Operands
 from .partition import varying_alike
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,17 @@ from .tiling import PATH_VARIABLE, record_tile, tile_key
 
 _log = logging.getLogger("zzhnet_jax")
 
-_STEPS = (16, 32, 64, 128, 256, 512, 1024)
-_CHANNELS = (None, 32, 128, 256, 512)
+
+class _Sizes(NamedTuple):
+    """Block sizes worth timing, along each axis."""
+
+    steps: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
+    channels: tuple[int | None, ...] = (None, 32, 128, 256, 512)
+    warps: tuple[int | None, ...] = (None,)
+
+
+# Steps that are unrolled, in registers, are few.
+_SIZES = {"pallas_gpu": _Sizes((4, 8), (32, 64, 128), (1, 2, 4))}
 
 
 def tune_tile(
@@ -65,7 +74,7 @@ def tune_tile(
         raise ValueError(f"implementation {implementation!r} has no blocks to size")
     record_tile(Path(where), key, None)  # what an entry says must not time as the own choice
     best, shortest = None, _seconds(_gradient(implementation, None), operands, repeats)
-    for tile in candidate_tiles(shape) if candidates is None else candidates:
+    for tile in candidate_tiles(implementation, shape) if candidates is None else candidates:
         try:
             seconds = _seconds(_gradient(implementation, tile), operands, repeats)
         except Exception as error:  # compilers refuse in many ways
@@ -78,11 +87,12 @@ def tune_tile(
     return best
 
 
-def candidate_tiles(shape: ScanShape) -> list[Tile]:
-    """Block sizes worth timing: powers of two no longer than the next one above the operands."""
-    steps = [x for x in _STEPS if x < 2 * shape.length]
-    channels = [x for x in _CHANNELS if x is None or x < 2 * shape.channels]
-    return [Tile(s, c) for s, c in itertools.product(steps, channels)]
+def candidate_tiles(implementation: str, shape: ScanShape) -> list[Tile]:
+    """Block sizes worth timing, those of the next power of two above the operands the largest."""
+    steps, channels, warps = _SIZES.get(implementation, _Sizes())
+    steps = tuple(x for x in steps if x < 2 * shape.length)
+    channels = tuple(x for x in channels if x is None or x < 2 * shape.channels)
+    return list(map(Tile, *zip(*itertools.product(steps, channels, warps), strict=True)))
 
 
 def _draw(shape: ScanShape, dtype: jax.typing.DTypeLike) -> tuple[Array, ...]:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from zzhnet_jax.aot.gpu_resources import CAPABILITIES, scan_resources
-from zzhnet_jax.kernels.selective_scan import pallas_gpu_block
+from zzhnet_jax.kernels.selective_scan import pallas_gpu_plan
 from zzhnet_jax.kernels.selective_scan.pallas_gpu import pallas_gpu_scan, unsupported
-from zzhnet_jax.kernels.selective_scan.pallas_gpu_block import make_plan
 from zzhnet_jax.kernels.selective_scan.pallas_gpu_forward import kept_states, prepare
+from zzhnet_jax.kernels.selective_scan.pallas_gpu_plan import make_plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -45,7 +45,7 @@ def test_goldens(name):
 @pytest.mark.parametrize("enough", [1, 12])
 def test_segments_of_several_chunks(enough, monkeypatch):
     """With one segment, and with segments of two chunks whose last reaches past the end."""
-    monkeypatch.setattr(pallas_gpu_block, "ENOUGH_WARPS", enough)
+    monkeypatch.setattr(pallas_gpu_plan, "ENOUGH_WARPS", enough)
     case = dict(length=17, n=5, groups=2, d=8, reverse=True)
     tile = gpu_cases.TILE._replace(steps=4)
     gpu_cases.assert_small(gpu_cases.errors(scan, case, tile=tile), case)

@@ -63,9 +63,12 @@ def test_real_runs_skip_what_fails(path, monkeypatch):
 
 
 def test_candidates_fit_the_shape():
-    tiles = candidate_tiles(SHAPE)
-    assert tiles == [Tile(16)]
-    assert len(set(candidate_tiles(SHAPE._replace(length=4096, channels=256)))) > 20
+    assert candidate_tiles("chunked", SHAPE) == [Tile(16)]
+    large = SHAPE._replace(length=4096, channels=256)
+    assert len(set(candidate_tiles("chunked", large))) > 20
+    unrolled = candidate_tiles("pallas_gpu", large)
+    assert max(tile.steps for tile in unrolled) == 8
+    assert {tile.warps for tile in unrolled} == {1, 2, 4}
 
 
 def test_entries_replace_and_keep(path):

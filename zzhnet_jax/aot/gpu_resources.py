@@ -1,8 +1,7 @@
 """What a GPU kernel takes of the GPU, found by compiling it to machine code without a GPU.
 
-    Pallas    lowered by JAX to a custom call that carries Triton's intermediate code; that is
-              compiled by Triton and ptxas. On a GPU, XLA's own copy of Triton does the same.
-    Triton    compiled by Triton and ptxas, as on a GPU.
+    Pallas    compiled by XLA's CUDA plugin, as on a GPU; its assembly is assembled by ptxas
+    Triton    compiled by Triton and ptxas, as on a GPU
 
 Both need the `triton` package (extra "triton"), whose wheel carries ptxas and cuobjdump. Nothing is
 run. A spill is a value that did not fit the registers and goes through memory.
@@ -13,19 +12,23 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from zzhnet_jax.kernels.selective_scan.base import Tile
 
-# Compute capabilities: A100, H100, B200.
-CAPABILITIES = (80, 90, 100)
-PALLAS_CALL = "__gpu$xla.gpu.triton"
+from .targets import parse_target
+
+# Compute capabilities, and a chip that has each.
+_CHIPS = {80: "a100", 90: "h100", 100: "b200"}
+CAPABILITIES = tuple(_CHIPS)
+_PALLAS = ".entry selective_scan"  # how the names of this package's kernels begin
 _MODULES = {"pallas_gpu": "pallas_gpu", "triton": "triton_gpu"}
 _TRITON_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
@@ -40,7 +43,8 @@ class GpuResources:
       warps: warps of a program, 32 threads each.
       registers: 32-bit registers of a thread, at most 255.
       spill_bytes: memory that a thread needs beside its registers.
-      shared_bytes: shared memory of a program.
+      shared_bytes: shared memory of a program; of Pallas kernels, the part whose size is part of
+        the code.
       instructions: length of the machine code, loops counted once.
     """
 
@@ -109,45 +113,53 @@ def _compile_launch(launch: Any, dtypes: list[str], *, capability: int) -> GpuRe
 def pallas_resources(
     function: Callable[..., Any], *arguments: Any, capability: int
 ) -> tuple[GpuResources, ...]:
-    """Compiles every Pallas kernel (Triton backend) that a function calls.
+    """Compiles a function, and says what every Pallas kernel (Triton backend) in it takes.
 
     Args:
       function: anything that `jax.jit` takes.
       arguments: arrays or `jax.ShapeDtypeStruct`s.
-      capability: one of `CAPABILITIES`, or another that Triton knows.
+      capability: one of `CAPABILITIES`.
 
     Returns:
-      One entry a call, in the order of the program.
+      One entry a kernel.
+
+    Raises:
+      TargetError: XLA's CUDA plugin is not installed.
+      NotImplementedError: this version of JAX does not show what it assembles.
     """
-    return tuple(
-        _compile_pallas(name, text, warps, stages, capability)
-        for name, text, warps, stages in pallas_kernels(function, *arguments)
-    )
+    target = parse_target(f"cuda:{_CHIPS[capability]}:1")
+    mesh = jax.make_mesh((1,), ("device",), devices=target.devices)
 
+    def there(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-def pallas_kernels(
-    function: Callable[..., Any], *arguments: Any
-) -> tuple[tuple[str, str, int, int], ...]:
-    """Name, Triton code, warps and stages of every Pallas kernel that a function calls."""
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-    found: list[tuple[str, str, int, int]] = []
-
-    def visit(operation: Any) -> Any:
-        from jaxlib.mlir import ir
-
-        attributes = operation.attributes
-        if "call_target_name" in attributes:
-            if ir.StringAttr(attributes["call_target_name"]).value == PALLAS_CALL:
-                config = ir.DictAttr(attributes["mhlo.backend_config"])
-                warps, stages = (
-                    ir.IntegerAttr(config[name]).value for name in ("num_warps", "num_stages")
-                )
-                code = _triton_text(ir.StringAttr(config["ir"]).value_bytes)
-                found.append((ir.StringAttr(config["name"]).value, code, warps, stages))
-        return ir.WalkResult.ADVANCE
-
-    lowered.compiler_ir().operation.walk(visit)
+    # Kernels for a device that is not there ask the mesh what it is.
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        lowered = jax.jit(function).lower(*jax.tree.map(there, arguments))
+        lowered.compile(compiler_options={"xla_dump_to": folder})
+        texts = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
+        found = [_assemble(text, capability, Path(folder)) for text in texts if _PALLAS in text]
+    if not found:
+        raise NotImplementedError(f"jax {jax.__version__} shows no assembly of kernels; 0.10 does")
     return tuple(found)
+
+
+def _assemble(text: str, capability: int, folder: Path) -> GpuResources:
+    """Machine code of one kernel, from its assembly."""
+    import triton
+
+    source, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
+    source.write_text(text)
+    # Triton carries two; this one is as new as the assembly.
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"
+    architecture = re.search(r"^\.target (\w+)", text, re.MULTILINE)
+    entry = re.search(r"\.entry (\w+?)(__\d+)?\(", text)
+    threads = re.search(r"\.(?:req|max)ntid (\d+)", text)
+    assert architecture and entry and threads
+    command = [str(tool), f"-arch={architecture[1]}", str(source), "-o", str(cubin)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    usage = _inspect(cubin.read_bytes())
+    return GpuResources(entry[1], capability, int(threads[1]) // 32, *usage)
 
 
 def triton_resources(
@@ -179,40 +191,19 @@ def triton_resources(
     return _resources(kernel.__name__, source, warps, stages, capability)
 
 
-@lru_cache(maxsize=256)
-def _compile_pallas(name: str, text: str, warps: int, stages: int, capability: int) -> GpuResources:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"{name}.ttir")
-        path.write_text(text)
-        return _resources(name, str(path), warps, stages, capability)
-
-
-def _triton_text(bytecode: bytes) -> str:
-    """Triton's intermediate code as text, from the bytes in which JAX ships it."""
-    from jaxlib.mlir import ir
-    from jaxlib.triton import dialect
-
-    context = ir.Context()
-    dialect.register_dialect(context)
-    context.load_all_available_dialects()
-    with context:
-        return str(ir.Module.parse(bytecode))
-
-
 def _resources(name: str, source: Any, warps: int, stages: int, capability: int) -> GpuResources:
     import triton
     from triton.backends.compiler import GPUTarget
 
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled, instructions = _inspect(compiled.asm["cubin"])
-    return GpuResources(
-        *(name, capability, warps, registers, spilled, compiled.metadata.shared, instructions)
-    )
+    registers, spilled, _, instructions = _inspect(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    return GpuResources(name, capability, warps, registers, spilled, shared, instructions)
 
 
-def _inspect(cubin: bytes) -> tuple[int, int, int]:
-    """Registers and spilled bytes of a thread, and the number of instructions."""
+def _inspect(cubin: bytes) -> tuple[int, int, int, int]:
+    """Registers and spilled bytes of a thread, shared bytes, and the number of instructions."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -224,6 +215,7 @@ def _inspect(cubin: bytes) -> tuple[int, int, int]:
             command = [str(tool), option, str(path)]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", run("-res-usage")))
+        usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", run("-res-usage")))
         code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", run("-sass"), re.MULTILINE)
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), len(code)
+    spilled = int(usage["STACK"]) + int(usage["LOCAL"])
+    return int(usage["REG"]), spilled, int(usage["SHARED"]), len(code)

@@ -108,15 +108,15 @@ def _fills_hosts(count: int, chip: Chip) -> bool:
     return 0 < count <= chip.host_devices or (count > 0 and count % chip.host_devices == 0)
 
 
-def _require(module: str, target: Target, remedy: str) -> None:
-    if importlib.util.find_spec(module) is None:
+def _require(target: Target, remedy: str, *modules: str) -> None:
+    if not any(map(importlib.util.find_spec, modules)):
         raise TargetError(
-            f"target {target.text!r} needs {module}, which is not installed: {remedy}"
+            f"target {target.text!r} needs {modules[0]}, which is not installed: {remedy}"
         )
 
 
 def _tpu_devices(target: Target) -> list[jax.Device]:
-    _require("libtpu", target, "pip install libtpu==0.0.42.1, or `make aot`, which has it")
+    _require(target, "pip install libtpu==0.0.42.1, or `make aot`, which has it", "libtpu")
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     name = f"{target.chip.name}:{'x'.join(map(str, target.shape))}"
@@ -132,7 +132,7 @@ def _gpu_devices(target: Target) -> list[jax.Device]:
         "pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION with the version"
         " of jax, or `make aot`, which has them"
     )
-    _require("jax_cuda12_plugin", target, remedy)
+    _require(target, remedy, "jax_cuda12_plugin", "jax_cuda13_plugin")
     flags = os.environ.get("XLA_FLAGS", "").split()
     missing = [flag for flag in _GPU_XLA_FLAGS if flag not in flags]
     os.environ["XLA_FLAGS"] = " ".join([*flags, *missing])
