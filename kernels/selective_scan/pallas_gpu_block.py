@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from .base import output
 from .pallas_gpu_math import LOG2_E, exp2, fma, softplus_of_log2
-from .pallas_gpu_plan import CHUNKS_AHEAD, Plan
+from .pallas_gpu_plan import Plan
 
 
 class Block:
@@ -46,7 +46,13 @@ class Block:
             self.chunks = jnp.minimum(plan.chunks, plan.total_chunks - self.first_chunk)
 
     def walk(
-        self, fetch: Callable[[Array], Any], body: Callable[..., Any], carry: Any, *, back: bool
+        self,
+        fetch: Callable[[Array], Any],
+        body: Callable[..., Any],
+        carry: Any,
+        *,
+        back: bool,
+        ahead: int = 2,
     ) -> Any:
         """Runs `carry = body(chunk, what fetch(chunk) read, carry)` over the segment's chunks.
 
@@ -57,6 +63,8 @@ class Block:
           body: computes.
           carry: what the first chunk is given.
           back: from the last chunk to the first.
+          ahead: chunks whose reads are under way while one is computed. Memory takes about as long
+            to answer as two of them; the registers have to hold what was read.
         """
         last = self.chunks - 1
 
@@ -68,7 +76,7 @@ class Block:
             lambda i: fetch(number(i)),
             lambda i, fetched, carry: body(number(i), fetched, carry),
             carry,
-            tuple(fetch(number(jnp.minimum(i, last))) for i in range(CHUNKS_AHEAD)),
+            tuple(fetch(number(jnp.minimum(i, last))) for i in range(ahead)),
         )
 
     def hold(self, refs: list[Any], initial: Callable[[Array], list[Array]]) -> list[Array]:

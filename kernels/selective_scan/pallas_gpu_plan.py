@@ -16,8 +16,6 @@ from jaxtyping import Array, Float
 from .base import Tile
 
 THREADS = 32  # of a warp
-# Chunks that are read ahead of the one that is computed: memory takes as long to answer.
-CHUNKS_AHEAD = 2
 # As many warps, each with its chunks under way, keep the memory busy in a single pass.
 FEWEST_WARPS = 448
 # What a scan that is cut in segments has: more than one wave of them, to end at the same time.

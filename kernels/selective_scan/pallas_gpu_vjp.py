@@ -229,7 +229,7 @@ def _gradients(plan: Plan, inputs: tuple[Operands, Any, Any, Any], out: Any, *, 
         return held, of_D, of_bias + sum(block.within(of_delta, chunk))
 
     held = block.hold(rows, lambda n: [block.load(entering, *here, n), zero])
-    held, of_D, of_bias = block.walk(fetch, body, (held, zero, zero), back=True)
+    held, of_D, of_bias = block.walk(fetch, body, (held, zero, zero), back=True, ahead=1)
     block.write_held(rows, held)
     block.store(out["D"], *here, value=of_D)
     block.store(out["delta_bias"], *here, value=of_bias)

@@ -64,6 +64,7 @@ def test_halves_the_traffic_of_four_scans():
 def test_machine_code_without_spills(capability, n):
     """The Pallas kernels of GPUs, rows and columns, forward and backward."""
     pytest.importorskip("triton", reason='needs triton: pip install "zzhnet-jax[triton]"')
+    pytest.importorskip("jax_cuda12_plugin", reason="needs XLA's CUDA plugin: make aot has it")
     given = shapes(2, 14, 10, 96, n)
 
     def gradients(given, y_gradient):

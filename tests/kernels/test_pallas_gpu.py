@@ -51,7 +51,7 @@ def test_segments_of_several_chunks(enough, monkeypatch):
     gpu_cases.assert_small(gpu_cases.errors(scan, case, tile=tile), case)
 
 
-@pytest.mark.parametrize("b, segments", [(1, 79), (8, 10), (64, 1)])
+@pytest.mark.parametrize("b, segments", [(1, 79), (8, 10), (18, 4), (19, 1), (64, 1)])
 def test_enough_programs(b, segments):
     """VMamba's first stage, all four routes as groups: about 2048 warps, or more for free."""
     operands = jax.eval_shape(lambda *x: prepare(*x)[0], *gpu_cases.vmamba_types(b))
@@ -65,7 +65,8 @@ def test_enough_programs(b, segments):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code_without_spills(capability, d_state):
     pytest.importorskip("triton", reason='needs triton: pip install "zzhnet-jax[triton]"')
-    operands = gpu_cases.operand_types(n=d_state)
+    pytest.importorskip("jax_cuda12_plugin", reason="needs XLA's CUDA plugin: make aot has it")
+    operands = gpu_cases.operand_types(length=1000, d=768, groups=4, n=d_state)
     for backward in (False, True):
         kernels = scan_resources("pallas_gpu", operands, backward=backward, capability=capability)
         assert {x.kernel: x.spill_bytes for x in kernels if x.spill_bytes} == {}

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from zzhnet_jax.kernels.selective_scan.base import Tile
 
+from .compile import compile_for
 from .targets import parse_target
 
 # Compute capabilities, and a chip that has each.
@@ -128,15 +128,13 @@ def pallas_resources(
       NotImplementedError: this version of JAX does not show what it assembles.
     """
     target = parse_target(f"cuda:{_CHIPS[capability]}:1")
-    mesh = jax.make_mesh((1,), ("device",), devices=target.devices)
 
-    def there(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-    # Kernels for a device that is not there ask the mesh what it is.
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        lowered = jax.jit(function).lower(*jax.tree.map(there, arguments))
-        lowered.compile(compiler_options={"xla_dump_to": folder})
+    with tempfile.TemporaryDirectory() as folder:
+        shapes = jax.tree.map(shape, arguments)
+        compile_for(target, function, *shapes, compiler_options={"xla_dump_to": folder})
         texts = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
         found = [_assemble(text, capability, Path(folder)) for text in texts if _PALLAS in text]
     if not found:
