@@ -92,7 +92,8 @@ class Block:
         def begin(n: Array, _: None) -> None:
             self._write(refs, n, initial(n))
 
-        return lax.fori_loop(0, self.plan.n, begin, None) or []
+        lax.fori_loop(0, self.plan.n, begin, None)
+        return []
 
     def each_state(
         self,
