@@ -1,4 +1,4 @@
-"""The scan as Pallas kernels for GPUs (Triton backend): each thread walks its channels in time.
+"""The scan as Pallas kernels for GPUs (Triton backend): each thread walks a channel in time.
 
     time      |-- segment 0 --|-- segment 1 --| ...     at once, by different programs
     ends      each segment from a zero state: its last state, and the sum of its step sizes
@@ -6,7 +6,7 @@
     apply     each segment from its true state: y, and the states that the gradient starts from
 
 Where sequences and channels fill the GPU there is one segment, and only `apply` runs.
-`pallas_gpu_block` says how the work is cut, `pallas_gpu_vjp` has the gradient.
+`pallas_gpu_plan` says how the work is cut, `pallas_gpu_vjp` has the gradient.
 
 Memory traffic in bytes a value of u, float32, without B and C (8 n / channels of a group):
 12 with one segment (u and delta read, y written), 20 with several, and at most 4 for the states
@@ -23,7 +23,7 @@ from .pallas_gpu_forward import forward, kept_states
 from .pallas_gpu_vjp import backward
 from .partition import differentiable
 
-MOST_STATES = 64  # of a channel: a thread holds them in its registers
+MOST_STATES = 64  # of a channel: as many are compiled and tested
 
 
 def unavailable() -> str | None:
@@ -41,7 +41,7 @@ def unsupported(
     if any(x is not None and x.dtype == jnp.float64 for x in operands):
         return "its arithmetic is float32, and an operand is float64"
     if A.shape[1] > MOST_STATES:
-        return f"it holds up to {MOST_STATES} states of a channel, and d_state is {A.shape[1]}"
+        return f"it takes up to {MOST_STATES} states of a channel, and d_state is {A.shape[1]}"
     return None
 
 
