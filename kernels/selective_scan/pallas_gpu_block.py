@@ -83,8 +83,8 @@ class Block:
         """Rows of channels for each state that outlast a chunk, with their first values.
 
         They are held in registers, and returned, if there is one state; otherwise in memory, in
-        `ref[batch, segment, state]`: row of a state that is known at run time only cannot be picked
-        from registers.
+        `ref[batch, segment, state]`: registers cannot be indexed by a state that is known at run
+        time only.
         """
         if self.plan.n == 1:
             return initial(jnp.int32(0))

@@ -88,7 +88,6 @@ class Plan:
     delta_softplus: bool
     reverse: bool
     image: ImageRoute | None = None
-
     interpret: bool = False
 
     @property
