@@ -54,11 +54,14 @@ class Stage(nnx.Module):
         )
         self.remat = config.block.remat
 
+    def shrink(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """Brings the output of the stage before to this stage's size."""
+        return x if self.downsample is None else self.downsample(x)
+
     def __call__(
-        self, x: Float[Array, "b h w c"], *, key: jax.Array | None = None
-    ) -> Float[Array, "b h2 w2 d"]:
-        """Applies the stage."""
-        x = x if self.downsample is None else self.downsample(x)
+        self, x: Float[Array, "b h w d"], *, key: jax.Array | None = None
+    ) -> Float[Array, "b h w d"]:
+        """Applies the blocks; their input is what `shrink` gives."""
         return call_blocks(self.blocks, x, key, drop_path=self.drop_path_rates, remat=self.remat)
 
 
@@ -181,10 +184,14 @@ class ZZHNet(nnx.Module):
         """One stage for both dates, and its CSSM if it has one."""
         own = stage - self.config.num_shared_stages
         if own < 0:
-            x = self.shared_stages[stage](x, key=fold_key(key, 0))
+            shared = self.shared_stages[stage]
+            x = shared(shared.shrink(x), key=fold_key(key, 0))
         else:
             dates = [self.pre_stages[own], self.post_stages[own]]
-            x = join_dates(*call_each(dates, jnp.stack(split_dates(x)), fold_key(key, 0)))
+            # One by one: side by side they are a grouped convolution, for whose weight gradient XLA
+            # gathers the whole batch on every GPU.
+            small = [date.shrink(x) for date, x in zip(dates, split_dates(x), strict=True)]
+            x = join_dates(*call_each(dates, jnp.stack(small), fold_key(key, 0)))
         if stage in self.config.cssm_stages:
             block = self.cssm[sorted(self.config.cssm_stages).index(stage)]
             x = call_block(block, x, fold_key(key, 1), remat=self.config.block.remat)
