@@ -219,7 +219,13 @@ class Matrices:
             ]
             ones = jnp.ones((LANES, LANES), jnp.bfloat16)
             left = jnp.concatenate(rows).astype(jnp.bfloat16)
-            products = jnp.dot(left, ones, preferred_element_type=jnp.float32)
+            # Named, or a user's jax_default_matmul_precision would ask for what bfloat16 cannot have.
+            products = jnp.dot(
+                left,
+                ones,
+                precision=jax.lax.Precision.DEFAULT,
+                preferred_element_type=jnp.float32,
+            )
             wide = [products[j * count : (j + 1) * count] for j in range(len(entries))]
         return wide[: plan.block_groups], wide[plan.block_groups :]
 
