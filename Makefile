@@ -6,15 +6,16 @@ BIN := $(VENV)/bin
 # glibc reads this where there is one; others take no notice.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Two workers: most of the time goes into compilation, which keeps one core busy.
-PYTEST_ARGS ?= -n 2 --dist worksteal -m "not mesh and not accelerator"
+PYTEST_ARGS ?= -n 2 --dist worksteal -m "not mesh and not accelerator and not aot"
 
-.PHONY: help install install-dev demo test test-mesh test-kernels lint aot scaling clean
+.PHONY: help install install-dev demo test test-mesh test-kernels test-aot lint aot scaling clean
 
 help:
 	@echo "make demo     train ZZHNet nano on synthetic scenes and draw its predictions (runs/demo)"
 	@echo "make test     run the tests"
 	@echo "make test-mesh  train whole networks on eight devices and in two processes, on this machine"
-	@echo "make test-kernels  interpret the kernels of TPUs and GPUs, or compile them"
+	@echo "make test-kernels  interpret the kernels of TPUs and GPUs; on a GPU, run its own"
+	@echo "make test-aot  compile kernels and steps for TPUs and GPUs that are not here, and check them"
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile kernels and a training step for TPUs and GPUs that are not here"
 	@echo "make scaling  compile training steps for slices of them, for the tables of docs/scaling.md"
@@ -66,6 +67,12 @@ $(AOT_VENV)/.installed-aot: pyproject.toml
 	$(AOT_VENV)/bin/python -m pip install --quiet --editable ".[test]" $(AOT_PACKAGES)
 	$(AOT_VENV)/bin/python -m pip install --quiet --no-deps $(AOT_PLUGINS)
 	@touch $@
+
+# Triton's interpreter computes with PyTorch.
+AOT_TEST_ARGS ?= -m aot
+test-aot: $(AOT_VENV)/.installed-aot
+	$(AOT_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -n 2 --dist worksteal $(AOT_TEST_ARGS)
 
 aot: $(AOT_VENV)/.installed-aot
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python benchmarks/aot.py $(AOT_ARGS)

@@ -219,7 +219,7 @@ class Matrices:
             ]
             ones = jnp.ones((LANES, LANES), jnp.bfloat16)
             left = jnp.concatenate(rows).astype(jnp.bfloat16)
-            # Named, or a user's jax_default_matmul_precision would ask for what bfloat16 cannot have.
+            # Named: jax_default_matmul_precision may ask for what bfloat16 cannot have.
             products = jnp.dot(
                 left,
                 ones,

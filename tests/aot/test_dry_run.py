@@ -118,13 +118,13 @@ def test_what_the_compiler_finds_too_large_is_one_line(complaint, found, monkeyp
     assert found in error and "train.remat" in error and error.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("target", "compiler"), [("v5e:2x2", "libtpu"), ("cuda:h100:4", "jax_cuda12_plugin")]
 )
 def test_on_a_slice_parameters_are_split_and_gradients_exchanged(small, target, compiler):
     if importlib.util.find_spec(compiler) is None:
-        pytest.skip(f"needs {compiler}")
+        pytest.skip(f"needs {compiler}: make test-aot has it")
     config = dataclasses.replace(small.experiment("runs/none"), mesh=MeshConfig(data=2, fsdp=2))
     found = dry_run.dry_run(config, target, build=small.build).to_json()
     assert found["fits"] and found["devices"] == 4

@@ -52,7 +52,10 @@ def test_without_libtpu_a_tpu_target_names_the_remedy():
         _ = parse_target("v5e:4x4").devices
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.aot
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make test-aot has it"
+)
 def test_libtpu_gives_as_many_devices_as_the_slice_has_and_refuses_others():
     assert len(parse_target("v5e:4x4").devices) == 16
     assert len(parse_target("tpu7x:2x2x1").devices) == 8

@@ -10,10 +10,10 @@ CASE = make_case(ScanShape("small", 1, 128, 32, 1, 1))
 
 
 def needs(module):
-    pytest.importorskip(module, reason=f"{module} is not installed: make aot has it")
+    pytest.importorskip(module, reason=f"{module} is not installed: make test-aot has it")
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 def test_triton_kernels():
     needs("triton")
     rows = compile_ahead(CASE, ["sequential", "triton"], gradients=True, capabilities=(90,))
@@ -23,7 +23,7 @@ def test_triton_kernels():
         assert 16 <= row["registers"] <= 255 and row["spilled bytes"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 def test_tpu_kernels():
     needs("libtpu")
     # Bundles are counted by turns of the grid: there must be several.

@@ -12,9 +12,9 @@ from zzhnet_jax.aot.targets import parse_target
 from zzhnet_jax.kernels.cross_scan import selective_scan_2d
 from zzhnet_jax.kernels.cross_scan.fused import fused_scan
 
-pytestmark = pytest.mark.accelerator
+pytestmark = pytest.mark.aot
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make aot installs it"
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make test-aot installs it"
 )
 
 KERNEL_CALL = 'custom_call_target="tpu_custom_call"'
@@ -63,8 +63,8 @@ def test_halves_the_traffic_of_four_scans():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code_without_spills(capability, n):
     """The Pallas kernels of GPUs, rows and columns, forward and backward."""
-    pytest.importorskip("triton", reason='needs triton: pip install "zzhnet-jax[triton]"')
-    pytest.importorskip("jax_cuda12_plugin", reason="needs XLA's CUDA plugin: make aot has it")
+    pytest.importorskip("triton", reason="needs triton: make test-aot has it")
+    pytest.importorskip("jax_cuda12_plugin", reason="needs XLA's CUDA plugin: make test-aot has it")
     given = shapes(2, 14, 10, 96, n)
 
     def gradients(given, y_gradient):

@@ -61,11 +61,12 @@ def test_enough_programs(b, segments):
     assert kept_states(3136, 1, None) == plan.total_chunks
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("d_state", [1, 16, 64])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code_without_spills(capability, d_state):
-    pytest.importorskip("triton", reason='needs triton: pip install "zzhnet-jax[triton]"')
-    pytest.importorskip("jax_cuda12_plugin", reason="needs XLA's CUDA plugin: make aot has it")
+    pytest.importorskip("triton", reason="needs triton: make test-aot has it")
+    pytest.importorskip("jax_cuda12_plugin", reason="needs XLA's CUDA plugin: make test-aot has it")
     operands = gpu_cases.operand_types(length=1000, d=768, groups=4, n=d_state)
     for backward in (False, True):
         kernels = scan_resources("pallas_gpu", operands, backward=backward, capability=capability)

@@ -152,15 +152,18 @@ print("compiled")
 """
 
 
-@pytest.mark.accelerator
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("target", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        *(("v5e:2x2", dtype) for dtype in ("float32", "bfloat16", "float16")),
+        *((target, "bfloat16") for target in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")),
+    ],
+)
 def test_compiles_for(target, dtype):
     """Forward and backward, with ragged blocks, groups inside tiles and many states."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs the TPU compiler: pip install libtpu==0.0.42.1")
-    if dtype != "bfloat16" and target != "v5e:2x2":
-        pytest.skip(f"{dtype} is compiled for v5e alone, to save time")
+        pytest.skip("needs the TPU compiler: make test-aot has it")
     settings = dict(
         ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu",
         TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost",

@@ -24,7 +24,7 @@ import gpu_goldens  # noqa: E402
 
 
 def needs_triton():
-    pytest.importorskip("triton", reason='needs triton: pip install "zzhnet-jax[triton]"')
+    pytest.importorskip("triton", reason="needs triton: make test-aot has it")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,7 @@ def interpreted():
 
 
 @pytest.mark.accelerator
+@pytest.mark.aot
 @pytest.mark.parametrize("case", gpu_cases.CASES)
 def test_values_and_gradients(case, interpreted):
     arguments = gpu_cases.CASES[case]
@@ -52,6 +53,7 @@ def test_values_and_gradients(case, interpreted):
 
 
 @pytest.mark.accelerator
+@pytest.mark.aot
 @pytest.mark.parametrize("name", gpu_goldens.GOLDENS)
 def test_goldens(name, interpreted):
     if gpu_goldens.GOLDENS[name] is None:
@@ -60,7 +62,7 @@ def test_goldens(name, interpreted):
     assert {k: x for k, x in found.items() if not x <= 1} == {}
 
 
-@pytest.mark.accelerator
+@pytest.mark.aot
 @pytest.mark.parametrize("d_state", [1, 16, 64])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code_without_spills(capability, d_state):
