@@ -21,22 +21,17 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .base import Kernel, Tile, output
-from .pallas_tpu_block import (
-    Block,
+from .pallas_tpu_block import Block, Ref, States, repeat, step_size, sweep
+from .pallas_tpu_buffers import (
     Matrices,
-    Ref,
     Set,
-    States,
     Vectors,
     exchange_rows,
     load_set,
     load_states,
     matrices_rows,
-    repeat,
     replace,
-    step_size,
     store_set,
-    sweep,
     take_states,
     vectors_rows,
 )
