@@ -111,13 +111,10 @@ class Matching:
     def problems(self) -> str:
         """What is wrong, a line a tensor, at most eight of each sort."""
         lines = [
-            *_listing("missing", [self._hint(name) for name in self.missing.values()]),
-            *_listing("unexpected", [self._hint(name) for name in self.unexpected]),
-            *_listing("given twice", self.duplicated),
-            *_listing(
-                "wrong shape",
-                [f"{n} {_shape(s)}, wanted {_shape(w)} for {p}" for n, s, p, w in self.mismatched],
-            ),
+            *_listing("missing", list(self.missing.values()), self._hint),
+            *_listing("unexpected", self.unexpected, self._hint),
+            *_listing("given twice", self.duplicated, str),
+            *_listing("wrong shape", self.mismatched, _wrong_shape),
         ]
         return "\n".join(lines)
 
@@ -130,12 +127,18 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _listing(title: str, entries: Sequence[str]) -> list[str]:
+def _wrong_shape(found: tuple[str, tuple[int, ...], str, tuple[int, ...]]) -> str:
+    name, shape, path, wanted = found
+    return f"{name} {_shape(shape)}, wanted {_shape(wanted)} for {path}"
+
+
+def _listing(title: str, entries: Sequence[Any], tell: Callable[[Any], str]) -> list[str]:
+    """Only what is shown is told: looking for the nearest name takes long."""
     if not entries:
         return []
     rest = len(entries) - _LISTED
     more = [f"    and {rest} more"] if rest > 0 else []
-    return [f"  {title} ({len(entries)}):", *(f"    {e}" for e in entries[:_LISTED]), *more]
+    return [f"  {title} ({len(entries)}):", *(f"    {tell(e)}" for e in entries[:_LISTED]), *more]
 
 
 def match(

@@ -58,10 +58,11 @@ def test_preset_is_the_published_network(path):
     params, shapes = shapes_of(name)
     assert total(params) == listing["params"]
     tensors = {k: np.broadcast_to(np.float32(0), shape) for k, shape in listing["keys"].items()}
-    for read_as in ("new", "old"):  # either naming is read, whichever is written
-        matching = match(tensors, shapes, changemamba_rules(config, read_as))
+    rules = {naming: changemamba_rules(config, naming) for naming in ("new", "old")}
+    for read_as in rules:  # either naming is read, whichever is written
+        matching = match(tensors, shapes, rules[read_as])
         assert matching.exact, matching.problems()
-    written = {torch_name(path, changemamba_rules(config, naming))[0] for path in shapes}
+    written = {torch_name(path, rules[naming])[0] for path in shapes}
     assert written == set(listing["keys"])
 
 
