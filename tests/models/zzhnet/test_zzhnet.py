@@ -178,6 +178,16 @@ def test_images_that_do_not_match_are_refused(network):
         network(pre[..., :2], post[..., :2])
 
 
+def test_convolutions_of_the_dates_are_not_grouped():
+    """Of a grouped one, XLA for GPUs computes the weight gradient of the whole batch everywhere."""
+    config = dataclasses.replace(SMALL, num_shared_stages=0)
+    graphdef, params, stats = functional.abstract(lambda rngs: ZZHNet(config, rngs=rngs))
+    pair = [jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)] * 2
+    run = jax.jit(lambda params, stats, *pair: functional.apply(graphdef, params, stats, *pair)[0])
+    text = run.lower(params, stats, *pair).as_text()  # of a CPU, where depthwise ones are shifts
+    assert "feature_group_count = 1" in text and "feature_group_count = 2" not in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
