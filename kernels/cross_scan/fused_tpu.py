@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from ..matmul import matmul
-from ..selective_scan.base import output, step_size
+from ..selective_scan.base import output
+from ..selective_scan.pallas_tpu_math import softplus
 from .frame import ROUTES, SPARE_VMEM, Frame, arrange, compiler_params, input_blocks
 from .patterns import add_up
 from .walks import (
@@ -147,12 +148,9 @@ class RouteRefs(NamedTuple):
 
 def find_steps(frame: Frame, image: RouteRefs, tile: Any) -> Float[Array, "8 c"]:
     """Step sizes of a tile, which are also kept in `image.steps`."""
-    step = step_size(
-        image.delta[tile, :],
-        image.bias(),
-        delta_softplus=frame.delta_softplus,
-        dtype=jnp.dtype(jnp.float32),
-    )
+    step = image.delta[tile, :] + image.bias()
+    if frame.delta_softplus:
+        step = softplus(step)
     image.steps[tile, :] = step
     return step
 

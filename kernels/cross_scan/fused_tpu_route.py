@@ -13,11 +13,11 @@ back over them and writes the gradients.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ..selective_scan.pallas_tpu_math import logistic
 from .frame import (
     Frame,
 )
@@ -199,7 +199,7 @@ def _tile_gradient(
         of_C.append(sum_channels(masked((decay * remembered[m] + driven * B) * y, channels)))
     of_delta = of_step + u * of_driven
     if frame.delta_softplus:
-        of_delta *= jax.nn.sigmoid(image.delta[tile, :] + image.bias())
+        of_delta *= logistic(image.delta[tile, :] + image.bias())
 
     written = walk.inside(group) if walk.overlapping else None
     totals.u[tile, :] += masked(step * of_driven, written)

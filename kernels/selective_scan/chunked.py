@@ -144,6 +144,7 @@ def _scan_forward(
     return (y, state), (operands, kept)
 
 
+@partial(jax.jit, static_argnums=0)
 def _scan_backward(
     options: Options,
     residuals: tuple[Operands, Float[Array, "k b n g p"]],

@@ -8,6 +8,9 @@ Only the state goes from one step to the next. Doing more steps at once would wr
 drives to memory and read them again, which takes longer than the arithmetic.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -24,6 +27,7 @@ from .chunked_base import (
 )
 
 
+@partial(jax.jit, static_argnames="options")
 def outputs(
     x: Operands, state: Float[Array, "b n g p"], options: Options
 ) -> tuple[Float[Array, "b t g p"], Float[Array, "b n g p"]]:
@@ -41,6 +45,7 @@ def outputs(
     return y, state
 
 
+@partial(jax.jit, static_argnames="options")
 def gradient(
     x: Operands,
     start: Float[Array, "b n g p"],

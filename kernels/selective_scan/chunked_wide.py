@@ -10,6 +10,7 @@ each step then holds too little work for the dozen fused loops that it would tak
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -26,6 +27,7 @@ from .chunked_base import (
 )
 
 
+@partial(jax.jit, static_argnames="options")
 def outputs(
     x: Operands, state: Float[Array, "b n g p"], options: Options
 ) -> tuple[Float[Array, "b t g p"], Float[Array, "b n g p"]]:
@@ -36,6 +38,7 @@ def outputs(
     return fold_sum(states * x.C[..., None], 2), _last(states, reverse=options.reverse)
 
 
+@partial(jax.jit, static_argnames="options")
 def gradient(
     x: Operands,
     start: Float[Array, "b n g p"],
@@ -128,6 +131,7 @@ def recurrence_by_step(
     return lax.fori_loop(0, steps, body, (state, drive))[1]
 
 
+@partial(jax.jit, static_argnames="reverse")
 def recurrence_by_prefix(
     decay: Float[Array, "b t n g p"],
     drive: Float[Array, "b t n g p"],

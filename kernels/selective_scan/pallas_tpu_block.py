@@ -1,6 +1,5 @@
 """Inside a program of the TPU kernels: one block of the problem, its loops and its step sizes."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,16 +9,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
+from .pallas_tpu_math import softplus
 from .pallas_tpu_plan import LANES, SUBLANES, Plan
 
 Ref = Any
 Carry = TypeVar("Carry")
-
-# log1p(z) / z on [0, 1], rising powers: interpolated at Chebyshev nodes, to 2.2e-7 of the value.
-_LOG1P = (
-    *(0.9999997615814209, -0.49997174739837646, 0.3327192962169647, -0.24474774301052094),
-    *(0.1768747717142105, -0.1068500280380249, 0.04349390044808388, -0.00837115291506052),
-)
 
 Vector = Float[Array, "t 128"]
 States = Float[Array, "slots 128"]
@@ -132,16 +126,3 @@ def step_size(block: Block, delta: Vector, bias: Float[Array, "1 128"]) -> tuple
     """What the softplus is applied to, and the step size."""
     raw = delta + bias
     return raw, softplus(raw) if block.plan.delta_softplus else raw
-
-
-def softplus(x: Vector) -> Vector:
-    """As `base.softplus`; above torch's threshold the two agree in float32.
-
-    max(x, 0) + log1p(exp(-|x|)), with log1p(z) = z p(z) on [0, 1] from a polynomial: Mosaic's own
-    log1p takes the logarithm of 1 + z, which leaves few correct digits of a small step size.
-    """
-    z = jnp.exp2(jnp.abs(x) * -math.log2(math.e))
-    p = jnp.float32(_LOG1P[-1])
-    for coefficient in _LOG1P[-2::-1]:
-        p = p * z + coefficient
-    return jnp.maximum(x, 0.0) + z * p

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from .pallas_tpu_block import Block, Ref, States, Vector, repeat
 from .pallas_tpu_plan import LANES, ROW_PITCH, SUBLANES, Plan
 
-_EIGHT = np.int32(SUBLANES)
+_EIGHT, _LOG2_OF_EIGHT = np.int32(SUBLANES), np.int32(3)
 
 Set = Any  # of states: a list of States, or where loops are not unrolled, an array of them
 
@@ -37,7 +37,10 @@ class Vectors:
 
     def by_slot(self, slot: int, start: Array | int, count: int) -> Vector:
         """Some steps of one slot; `start` and `count` are multiples of 8."""
-        first = start // SUBLANES if isinstance(start, int) else jax.lax.div(start, _EIGHT)
+        if isinstance(start, int):
+            first: Array | int = start // SUBLANES
+        else:  # a quotient takes six instructions, one after another, for the sake of its sign
+            first = jax.lax.shift_right_logical(start, _LOG2_OF_EIGHT)
         parts = [
             self.ref[pl.ds(self._base(first + i) + slot * ROW_PITCH, SUBLANES)]
             for i in range(count // SUBLANES)
@@ -46,6 +49,7 @@ class Vectors:
 
     def put_slot(self, x: Vector, slot: int, start: Array | int) -> None:
         """Stores some steps of one slot."""
+        # Not a shift: addresses known earlier let Mosaic prepare more than the registers hold.
         first = start // SUBLANES if isinstance(start, int) else jax.lax.div(start, _EIGHT)
         for i in range(x.shape[0] // SUBLANES):
             rows = pl.ds(self._base(first + i) + slot * ROW_PITCH, SUBLANES)

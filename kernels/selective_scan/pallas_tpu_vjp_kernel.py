@@ -32,6 +32,7 @@ from .pallas_tpu_buffers import (
     take_states,
     vectors_rows,
 )
+from .pallas_tpu_math import logistic
 from .pallas_tpu_plan import LANES, SUBLANES, Plan
 
 
@@ -49,7 +50,7 @@ def gradient_scratch(plan: Plan) -> list[Any]:
         rows(matrices_rows(plan)),
         rows(vectors_rows(plan.slots, (groups + 1) * states)),
         rows(vectors_rows(plan.slots, states)),
-        pltpu.VMEM((2, plan.slots, LANES), jnp.float32),
+        pltpu.VMEM((2, plan.slots, SUBLANES, LANES), jnp.float32),
         rows(exchange_rows(plan)),
     ]
 
@@ -100,6 +101,7 @@ def gradient_kernel(
     # Groups lie in `states` in the order of time, and with them the state before the first one.
     shift, first_place = (0, block.groups) if plan.reverse else (1, 0)
     last_row, back = (0, 1) if plan.reverse else (SUBLANES - 1, -1)
+    beside = plan.part == SUBLANES
 
     @pl.when(turn == 0)
     def _start() -> None:
@@ -184,13 +186,20 @@ def gradient_kernel(
                 of.put_step(x, start + r, group)
 
     def adjoint(first: int, group: Array) -> None:
-        """All that is known of 8 steps of a set once the recurrence has come to them."""
-        parts = SUBLANES // plan.part
-        if parts == 1:
+        """All that is known of 8 steps of a set once the recurrence has come to them.
+
+        Sums over channels wait for the whole recurrence. Where it is short, that of the 8 steps to
+        which it came before is their company. Those to which it comes first have none before them:
+        they sum what is in the buffer to their own place, and the next 8 correct it.
+        """
+        if beside:
+            before = group + (-1 if plan.reverse else 1)
+            sum_channels(first, jnp.clip(before, 0, block.groups - 1))
             differentiate(first, group, 0)
         else:
+            parts = SUBLANES // plan.part
             block.in_order(parts, partial(differentiate, first, group), backward=True)
-        sum_channels(first, group)
+            sum_channels(first, group)
 
     def sum_channels(first: int, group: Array) -> None:
         """Gradients of B and C of 8 steps, for the states of a set."""
@@ -240,12 +249,12 @@ def gradient_kernel(
             to_u = to_drive * size + D_ref[:, lanes] * gradient
             to_delta = to_drive * u + to_step
             if plan.delta_softplus:
-                to_delta = to_delta * jax.nn.sigmoid(raw)
+                to_delta = to_delta * logistic(raw)
             of_u_ref[sequence, rows, lanes] = to_u.astype(of_u_ref.dtype)
             of_delta_ref[sequence, rows, lanes] = to_delta.astype(of_delta_ref.dtype)
             for which, x in enumerate((gradient * u, to_delta)):
-                total = jnp.sum(block.clear(x, slot, start), axis=0, keepdims=True)
-                of_vectors[which, slot : slot + 1] += total
+                x = block.clear(x, slot, start).reshape(-1, SUBLANES, LANES)
+                of_vectors[which, slot] += jnp.sum(x, axis=0)
 
     load_states(block, lambda i, lanes: kept_ref[i, 0, :, lanes], exchange, start_state)
     for first in range(0, plan.states, plan.set_states):
@@ -254,6 +263,8 @@ def gradient_kernel(
             states.put_step(x, last_row, first_place * plan.set_states + i)
         block.in_scan_order(partial(recompute, first))
         block.in_scan_order(partial(adjoint, first), backward=True)
+        if beside:
+            sum_channels(first, jnp.int32(block.groups - 1 if plan.reverse else 0))
     block.in_pieces(finish)
 
     @pl.when(turn == turns - 1)
@@ -263,7 +274,10 @@ def gradient_kernel(
             of_state_ref[sequence, :, lanes] = x
         _sum_slots(block, take_states(block, of_A, exchange), of_A_ref)
         for which in range(2):
-            rows = [of_vectors[which, slot : slot + 1] for slot in range(plan.slots)]
+            rows = [
+                jnp.sum(of_vectors[which, slot], axis=0, keepdims=True)
+                for slot in range(plan.slots)
+            ]
             _sum_slots(block, rows, of_vectors_ref, pl.ds(which, 1))
 
 
