@@ -20,6 +20,8 @@ SHORT = (
     "--train.steps 2 --train.validate-every 2 --train.log-every 1 --data.batch-size 2"
     " --data.crop-size 32 --data.rendered-pairs 0 --model.overrides.width 8"
     " --model.overrides.depths 1,1,1,1 --model.overrides.decoder-width 8"
+    " --model.overrides.num-shared-stages 4 --model.overrides.cssm-stages 3"
+    " --model.overrides.head bilinear"
 ).split()
 
 
