@@ -20,10 +20,12 @@ from zzhnet_jax.models import functional
 from zzhnet_jax.models.io import load_model
 
 GOLDENS = Path(os.environ.get("ZZHNET_GOLDENS", ""))
+# Without the middle size, which has the depths of the largest and the widths of the smallest.
 LISTINGS = [
     path
     for family in ("vmamba", "bcd", "scd", "bda", "mmbda")
     for path in sorted(GOLDENS.glob(f"keys/keys_{family}_*.json"))
+    if "_small" not in path.name
 ]
 NETWORKS = [
     path
