@@ -7,6 +7,7 @@ import math
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 # log1p(z) / z on [0, 1], rising powers: interpolated at Chebyshev nodes, to 2.2e-7 of the value.
@@ -14,6 +15,9 @@ _LOG1P = (
     *(0.9999997615814209, -0.49997174739837646, 0.3327192962169647, -0.24474774301052094),
     *(0.1768747717142105, -0.1068500280380249, 0.04349390044808388, -0.00837115291506052),
 )
+
+# JAX moved it after 0.10.
+_reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal
 
 
 def softplus(x: Float[Array, "*x"]) -> Float[Array, "*x"]:
@@ -32,7 +36,7 @@ def softplus(x: Float[Array, "*x"]) -> Float[Array, "*x"]:
 def logistic(x: Float[Array, "*x"]) -> Float[Array, "*x"]:
     """1 / (1 + exp(-x)); a divisor between 1 and 2 costs half the instructions of any."""
     z = _decayed(x)
-    inverse = pl.reciprocal(1.0 + z, full_range=False)
+    inverse = _reciprocal(1.0 + z, full_range=False)
     return jnp.where(x < 0, z * inverse, inverse)
 
 
