@@ -36,6 +36,7 @@ from .walks import (
     groups_together,
     lines_of,
     masked,
+    walk_ahead,
     zeros,
 )
 
@@ -240,14 +241,17 @@ def _add_outputs(
     rates = image.rates()
 
     def visit(groups: list[Array | int]) -> None:
-        def body(s: Array, carry: list[list[Array]]) -> list[list[Array]]:
+        def read(s: Array) -> list[Any]:
+            tiles = [walk.tile(group, walk.step(s)) for group in groups]
+            return [[image.B(tile, k), image.C(tile, k)] for tile in tiles]
+
+        def body(s: Array, carry: list[list[Array]], matrices: list[Any]) -> list[list[Array]]:
             t = walk.step(s)
             after = []
-            for group, state in zip(groups, carry, strict=True):
+            for group, state, (B, C) in zip(groups, carry, matrices, strict=True):
                 tile = walk.tile(group, t)
                 step = image.steps[tile, :]
                 driven = step * image.u[tile, :]
-                B, C = image.B(tile, k), image.C(tile, k)
                 state = [jnp.exp(step * rates[m]) * state[m] + driven * B[m] for m in states]
                 y = add_up([C[m] * state[m] for m in states])
                 total[tile, :] += masked(y, walk.inside(group) if walk.overlapping else None)
@@ -255,6 +259,6 @@ def _add_outputs(
             return after
 
         start = [[starts[m, lines_of(group), :] for m in states] for group in groups]
-        lax.fori_loop(0, walk.steps, body, start)
+        walk_ahead(walk, frame.tile, read, body, start)
 
     for_each_block(walk, groups_together(walk.groups, frame.states), visit)

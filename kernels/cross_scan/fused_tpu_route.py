@@ -32,6 +32,7 @@ from .walks import (
     masked,
     sum_channels,
     sum_lines,
+    walk_ahead,
     zeros,
 )
 
@@ -144,20 +145,22 @@ def _recompute_states(
     states = range(frame.states)
     rates = image.rates()
 
-    def body(s: Array, carry: list[list[Array]]) -> list[list[Array]]:
+    def read(s: Array) -> list[Any]:
+        return [image.B(walk.tile(group, walk.step(s)), k) for group in groups]
+
+    def body(s: Array, carry: list[list[Array]], matrices: list[Any]) -> list[list[Array]]:
         after = []
-        for i, (group, state) in enumerate(zip(groups, carry, strict=True)):
+        for i, (group, state, B) in enumerate(zip(groups, carry, matrices, strict=True)):
             tile = walk.tile(group, walk.step(s))
             step = image.steps[tile, :]
             driven = step * image.u[tile, :]
-            B = image.B(tile, k)
             for m in states:
                 history[s, i * frame.states + m] = state[m]
             after.append([jnp.exp(step * rates[m]) * state[m] + driven * B[m] for m in states])
         return after
 
     start = [[starts[m, lines_of(group), :] for m in states] for group in groups]
-    lax.fori_loop(0, walk.steps, body, start)
+    walk_ahead(walk, frame.tile, read, body, start)
 
 
 def _tile_gradient(

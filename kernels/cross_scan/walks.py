@@ -15,6 +15,7 @@ For a missing column stands the start of the next row: what is written there mus
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -124,6 +125,39 @@ def for_each_block(walk: Walk, together: int, visit: Callable[[list[Array | int]
         visit([block * together + g for g in range(together)])
 
     lax.fori_loop(0, blocks, body, None)
+
+
+def walk_ahead(
+    walk: Walk,
+    channels: int,
+    read: Callable[[Array], Any],
+    body: Callable[[Array, Any, Any], Any],
+    carry: Any,
+) -> Any:
+    """Calls `body(step, carry, columns)` for every step, with columns already spread over channels.
+
+    Those of the next step are on their way while one is computed: the unit that moves lanes takes
+    as long for them as a step that holds little else.
+
+    Args:
+      walk: the route.
+      channels: of a tile.
+      read: the columns of a step, arrays (8, 1).
+      body: gives the next carry; its columns are (8, channels).
+      carry: what the first step is given.
+
+    Returns:
+      The carry of the last step.
+    """
+
+    def spread(step: Array) -> Any:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (LINES, channels)), read(step))
+
+    def turn(s: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        following = spread(jnp.minimum(s + 1, walk.steps - 1))
+        return body(s, *carry), following
+
+    return lax.fori_loop(0, walk.steps, turn, (carry, spread(jnp.int32(0))))[0]
 
 
 def chain_lines(walk: Walk, decay: Ref, state: Ref) -> None:
