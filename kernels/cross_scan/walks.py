@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 LINES = 8  # of a group: the sublanes of a register
 _CONVERTED = 16  # rows that `convert` takes at once: a tile of two-byte values
+_AHEAD = 16  # columns spread a step ahead, one register each
 _CHAINS = 8  # independent recurrences side by side, to fill the arithmetic pipeline
 
 Ref = Any  # a reference to memory inside of a kernel; Pallas has no public name for its type
@@ -134,30 +135,34 @@ def walk_ahead(
     body: Callable[[Array, Any, Any], Any],
     carry: Any,
 ) -> Any:
-    """Calls `body(step, carry, columns)` for every step, with columns already spread over channels.
+    """Calls `body(step, carry, columns)` for every step of a line, reading columns one step ahead.
 
-    Those of the next step are on their way while one is computed: the unit that moves lanes takes
-    as long for them as a step that holds little else.
+    To spread columns over the channels takes the unit that moves lanes as long as a step that
+    holds little else. Those of the next step are on their way while one is computed, unless they
+    are so many that registers would spill.
 
     Args:
       walk: the route.
       channels: of a tile.
       read: the columns of a step, arrays (8, 1).
-      body: gives the next carry; its columns are (8, channels).
+      body: gives the next carry; its columns are (8, channels), or (8, 1) if they are many.
       carry: what the first step is given.
 
     Returns:
       The carry of the last step.
     """
+    columns = read(jnp.int32(0))
+    if len(jax.tree.leaves(columns)) > _AHEAD:
+        return lax.fori_loop(0, walk.steps, lambda s, carry: body(s, carry, read(s)), carry)
 
-    def spread(step: Array) -> Any:
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (LINES, channels)), read(step))
+    def spread(columns: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (LINES, channels)), columns)
 
     def turn(s: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        following = spread(jnp.minimum(s + 1, walk.steps - 1))
+        following = spread(read(jnp.minimum(s + 1, walk.steps - 1)))
         return body(s, *carry), following
 
-    return lax.fori_loop(0, walk.steps, turn, (carry, spread(jnp.int32(0))))[0]
+    return lax.fori_loop(0, walk.steps, turn, (carry, spread(columns)))[0]
 
 
 def chain_lines(walk: Walk, decay: Ref, state: Ref) -> None:
