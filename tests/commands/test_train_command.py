@@ -135,5 +135,6 @@ def test_train_py_is_the_same_command():
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: no option --train.step; did you mean --train.steps")
-    assert done.stderr.count("\n") == 1
+    *warnings, last = done.stderr.splitlines()  # JAX's own, where its plugin for GPUs finds none
+    assert last.startswith("error: no option --train.step; did you mean --train.steps")
+    assert not any("Traceback" in line or "error" in line for line in warnings)
