@@ -135,7 +135,7 @@ def test_train_py_is_the_same_command():
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
     )
     assert done.returncode == 2
-    # XLA's plugin for GPUs, where it is installed and finds none, says so before its log can be set.
+    # XLA's plugin for GPUs says so where it finds none, before its log can be set.
     others = ("WARNING: All log messages before absl", "I0000 ")
     (line,) = [x for x in done.stderr.splitlines() if not x.startswith(others)]
     assert line.startswith("error: no option --train.step; did you mean --train.steps")
