@@ -44,7 +44,7 @@ test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-mesh: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m mesh
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m mesh $$(grep -rl --include='*.py' 'mark\.mesh' tests)
 
 test-kernels: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m accelerator

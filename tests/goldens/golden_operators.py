@@ -15,7 +15,7 @@ from zzhnet_jax.kernels.selective_scan import selective_scan
 from zzhnet_jax.models.vssm import SS2DConfig, VSSBlock
 from zzhnet_jax.models.vssm import torch_names as vssm_names
 from zzhnet_jax.models.vssm.initializers import step_bias
-from zzhnet_jax.models.vssm.layers import Downsample, PatchEmbed
+from zzhnet_jax.models.vssm.patches import Downsample, PatchEmbed
 from zzhnet_jax.models.vssm.scans import SelectiveScan, initial_A_log
 from zzhnet_jax.models.vssm.vssm import make_ss2d
 

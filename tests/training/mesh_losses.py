@@ -25,7 +25,8 @@ from zzhnet_jax.training.config import (
 from zzhnet_jax.training.program import Program
 from zzhnet_jax.training.sharding import make_mesh, put_batch
 
-STEPS, BATCH, CROP = 20, 32, 32
+STEPS, CROP = 20, 32
+PART = 8  # pairs of a part: one for each device
 NETWORKS = {
     # Without drop path, whose draws differ between a batch and its parts.
     "zzhnet": ModelSpec(
@@ -70,21 +71,21 @@ def build(network):
     return lambda rngs: registry.build(spec.name, config, spec.num_classes, rngs=rngs)
 
 
-def experiment(network, mesh, accumulation):
+def experiment(network, mesh, batch, accumulation):
     return ExperimentConfig(
         model=NETWORKS[network],
-        data=DataConfig(batch_size=BATCH, crop_size=CROP),
+        data=DataConfig(batch_size=batch, crop_size=CROP),
         train=TrainConfig(steps=100, accumulation=accumulation, loss=LossConfig(cross_entropy=1)),
         optim=OptimConfig(learning_rate=2e-4, ema_decay=0.9),
         mesh=mesh,
     )
 
 
-def batches():
+def batches(batch):
     """Random images in which what brightened is change."""
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
-        pre, post = rng.normal(size=(2, BATCH, CROP, CROP, 3)).astype(np.float32)
+        pre, post = rng.normal(size=(2, batch, CROP, CROP, 3)).astype(np.float32)
         label = ((post - pre).mean(-1) > 0.3).astype(np.int32)
         label[rng.random(label.shape) < 0.1] = 255
         # Examples with unlike numbers of labelled pixels, so that means of means would be wrong.
@@ -104,11 +105,11 @@ def initial_state(abstract):
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, abstract)
 
 
-def run(program):
+def run(program, pairs):
     step = program.lower().compile()
     state = initial_state(program.maker.abstract)
     key, losses, stats = jax.random.key(1), [], []
-    for batch in batches():
+    for batch in batches(pairs):
         state, metrics = step(state, put_batch(batch, program.mesh), key)
         losses.append(float(metrics["loss"]))
         # After one step: a bias before a norm has a gradient of rounding errors alone, which Adam
@@ -129,15 +130,17 @@ def share_of_one_device(state):
 
 def main(out, network, parts):
     results = {}
-    # Without batch statistics, parts have the losses of a whole batch, on one device too.
-    meshes = MESHES[1:] if network == "zzhnet" and parts != "1" else MESHES
-    for mesh in meshes:
-        config = experiment(network, mesh, int(parts))
-        devices = jax.devices()[:1] if mesh == MESHES[0] else None
+    parts = int(parts)
+    batch = parts * PART
+    for mesh in MESHES:
+        alone = mesh == MESHES[0]
+        # Without batch statistics, parts have the losses of a whole batch.
+        whole = alone and network == "zzhnet"
+        config = experiment(network, mesh, batch, 1 if whole else parts)
         axes = {k: v for k, v in dataclasses.asdict(mesh).items() if k != "shard_optimizer"}
         name = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one"
-        program = Program(config, make_mesh(mesh, devices), build(network))
-        results[f"{name} x{parts}"] = run(program)
+        devices = make_mesh(mesh, jax.devices()[:1] if alone else None)
+        results[f"{name} x{parts}"] = run(Program(config, devices, build(network)), batch)
     with open(out, "w") as file:
         json.dump(results, file)
 

@@ -34,6 +34,9 @@ from zzhnet_jax.training.loop import train
 from zzhnet_jax.training.processes import connect
 from zzhnet_jax.training.validation import validate
 
+# TensorBoard's writer imports PyTorch where that is installed, for 3 s and nothing.
+sys.modules["torch"] = None
+
 
 @dataclasses.dataclass(frozen=True)
 class SmallConfig:

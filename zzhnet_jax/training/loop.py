@@ -20,23 +20,22 @@ from zzhnet_jax.data.pipeline import training_batches
 from zzhnet_jax.data.sources import open_source
 from zzhnet_jax.errors import CheckpointError, UserError
 from zzhnet_jax.evaluation import json_ready
-from zzhnet_jax.models import functional, io
 
 from .checkpoints import Checkpoints, Progress, is_full_disk
 from .config import ExperimentConfig
 from .environment import enable_compilation_cache
+from .judge import Judge
 from .logging import MetricsLog, NoLog, ProgressDisplay, StepTimer
 from .processes import is_first, meet, others_alive, steps_may_overlap
 from .profiling import Profiler
 from .program import Program, model_builder
 from .record import describe_run, report_best, write_summary
 from .resume import check_resumable
-from .sharding import compile_gather, make_mesh, process_share, put_batch
+from .sharding import make_mesh, process_share, put_batch
 from .state import Build, TrainState
 from .step import Metrics, TrainStep
 from .stopping import StopRequest
 from .utilization import Utilization
-from .validation import validate, warm_up
 
 __all__ = ["NonFiniteLossError", "Trainer", "model_builder", "train"]
 
@@ -89,7 +88,6 @@ class Trainer:
 
     Attributes:
       start: steps that were done before; 0 in a new run.
-      best: the best validation so far, as in metrics.json; None before the first.
     """
 
     def __init__(
@@ -116,6 +114,7 @@ class Trainer:
         self._program = Program(config, self._mesh, build)
         self._train_source = open_source(config.data, "train")
         self._val_source = open_source(config.data, "val")
+        self._judge = Judge(config, self._program, self._val_source, stop, self._print)
         index, count = process_share(self._mesh)
         self._batches = training_batches(
             self._train_source,
@@ -134,7 +133,6 @@ class Trainer:
         self._pending: tuple[int, list[str], Metrics] | None = None
         self._stopping = False
         self.start, self._seconds = 0, 0.0
-        self.best: dict[str, Any] | None = None
         self._resume()
 
     def _resume(self) -> None:
@@ -149,7 +147,7 @@ class Trainer:
         changes = check_resumable(progress, self.config, self._network, where=where)
         self._batches.set_state(progress.data)
         self.start, self._seconds = step, progress.seconds
-        self.best = dict(progress.best) if progress.best else None
+        self._judge.best = dict(progress.best) if progress.best else None
         if step < self.config.train.steps:
             self._print(f"going on from step {step} of {self._run_dir}")
             for change in changes:
@@ -160,7 +158,7 @@ class Trainer:
         steps = self.config.train.steps
         if self.start >= steps:
             self._print(f"{self._run_dir} is finished: it has done {self.start} steps")
-            report_best(self.best, self._run_dir, self._print)
+            report_best(self._judge.best, self._run_dir, self._print)
             return self._summary(self.start)
         self._describe()
         with self._console.status("compiling the network"):
@@ -180,7 +178,7 @@ class Trainer:
             return self._summary(done)
         minutes, seconds = divmod(round(self._elapsed()), 60)
         self._print(f"{steps} steps in {minutes} min {seconds} s")
-        report_best(self.best, self._run_dir, self._print)
+        report_best(self._judge.best, self._run_dir, self._print)
         return self._summary(steps)
 
     def close(self) -> None:
@@ -201,21 +199,12 @@ class Trainer:
                 state = program.load(self.config.init_from)
             else:
                 state = program.maker.create(jax.random.key(self.config.seed))
-            self._gather = compile_gather(_judged(state), self._mesh)
+            self._judge.compile(state, self._mesh)
             meet("state")
-            warm_up(self._model(state), self._val_source, self.config.data)
+            self._judge.warm_up(state)
             compiled = step.result()
         meet("compiled")
         return state, compiled
-
-    def _model(self, state: TrainState) -> Any:
-        """The network with the state's weights, as it is validated and exported."""
-        packed, stats = self._gather(_judged(state))
-        params = self._program.packing.unpack_on_host(packed)
-        model: Any = functional.merge(self._program.graphdef, params, stats)
-        data = self.config.data
-        model.card = dataclasses.replace(model.card, mean=data.mean, std=data.std)
-        return model
 
     def _train(self, state: TrainState, train_step: TrainStep) -> int:
         """Takes the steps that are left; returns the number of the last one."""
@@ -235,7 +224,7 @@ class Trainer:
             if due or step % plan.checkpoint_every == 0 or self._stopping:
                 self._settle()
                 judge = last or (due and not self._stopping)
-                f1 = self._validate(step, state, last=last) if judge else None
+                f1 = self._judge.validate(step, state, self._log, last=last) if judge else None
                 self._save(step, state, f1)
                 self._timer.restart()
             if self._stopping:
@@ -286,45 +275,10 @@ class Trainer:
             + (f"; the checkpoint of step {good} is good" if good else "")
         )
 
-    def _validate(self, step: int, state: TrainState, *, last: bool) -> float | None:
-        """Judges the weights; the best so far become the run's model.
-
-        Returns:
-          F1; None if the request to stop came meanwhile, which only the last step ignores.
-        """
-        model, data = self._model(state), self.config.data
-        result = validate(
-            model,
-            self._val_source,
-            data,
-            pictures=self.config.train.pictures if is_first() else 0,
-            stop=lambda: self._stop.requested and not last,
-        )
-        if result is None:
-            return None
-        figures = json_ready(result.metrics)
-        self._log.row(step, "val", figures)
-        if result.picture:
-            self._log.picture(step, result.picture)
-        f1 = figures["f1"] or 0.0  # without any changed pixel there is no F1
-        best = self.best["f1"] or 0.0 if self.best else -1.0
-        if f1 > best:
-            self.best = {"step": step, **figures}
-            card = dataclasses.replace(model.card, threshold=figures["threshold"])
-            if is_first():
-                io.save_model(model, self._run_dir / "model", card=card)
-            if result.picture:
-                result.picture.save(self._run_dir / "predictions.png")
-        self._print(
-            f"step {step}: validation F1 {f1:.4f} at threshold {figures['threshold']:.3f}"
-            + (", the best so far" if f1 > best else f", best {best:.4f}")
-        )
-        return f1
-
     def _save(self, step: int, state: TrainState, f1: float | None) -> None:
         progress = Progress(
             data=self._batches.get_state(),
-            best=self.best,
+            best=self._judge.best,
             seconds=self._elapsed(),
             config=self.config.to_json(),
             network=self._network,
@@ -345,7 +299,7 @@ class Trainer:
 
     def _summary(self, steps: int) -> dict[str, Any]:
         summary = {
-            "val": self.best,
+            "val": self._judge.best,
             "steps": steps,
             "seconds": round(self._elapsed(), 1),
             "model": self.config.model.name,
@@ -361,11 +315,6 @@ class Trainer:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _judged(state: TrainState) -> tuple[Any, Any]:
-    """What of a state makes the network that is validated and exported."""
-    return state.best_params, state.batch_stats
 
 
 def _is_done(array: Any) -> bool:

@@ -10,7 +10,8 @@ from flax import nnx
 
 from zzhnet_jax.models.vssm.depthwise import depthwise_conv
 from zzhnet_jax.models.vssm.initializers import torch_uniform, truncated_normal
-from zzhnet_jax.models.vssm.layers import BatchNorm, Dropout, DropPath, PatchEmbed, make_norm
+from zzhnet_jax.models.vssm.layers import BatchNorm, Dropout, DropPath, make_norm
+from zzhnet_jax.models.vssm.patches import PatchEmbed
 
 
 def grouped_conv(x, kernel):

@@ -1,9 +1,9 @@
-"""Norms, MLPs, drop path, patch embedding and downsampling, for channel-last images."""
+"""Linear layers, convolutions, norms, MLPs and drop path, for channel-last images."""
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from zzhnet_jax.kernels.convolution import convolution
 from zzhnet_jax.kernels.matmul import matmul
 from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.config import Activation, NormKind
@@ -83,6 +84,13 @@ def make_linear(
     )
 
 
+def _conv_general_dilated(
+    x: Array, kernel: Array, strides: Any, padding: Any, **settings: Any
+) -> Array:
+    """`convolution` in the form in which a convolution layer calls it."""
+    return convolution(x, kernel, stride=strides[0], padding=padding[0][0])
+
+
 def make_conv(
     d_in: int,
     d_out: int,
@@ -91,11 +99,15 @@ def make_conv(
     stride: int = 1,
     padding: int = 0,
     use_bias: bool = True,
+    init: nnx.Initializer | None = None,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square convolution with PyTorch's explicit padding and default initial values."""
-    init = torch_uniform(d_in * kernel_size**2)
+    """A square convolution with explicit padding, as PyTorch has it.
+
+    Initial values are drawn by `init`; by PyTorch's default if None.
+    """
+    init = init or torch_uniform(d_in * kernel_size**2)
     return nnx.Conv(
         d_in,
         d_out,
@@ -105,6 +117,7 @@ def make_conv(
         use_bias=use_bias,
         kernel_init=init,
         bias_init=init,
+        conv_general_dilated=_conv_general_dilated,
         dtype=dtype,
         rngs=rngs,
     )
@@ -285,122 +298,3 @@ class GatedMlp(nnx.Module):
         """Applies the layer."""
         u, v = jnp.split(self.fc1(x), 2, axis=-1)
         return self.dropout(self.fc2(u * ACTIVATIONS[self.activation](v)), key=key)
-
-
-class PatchEmbed(nnx.Module):
-    """Image to tokens, one for `patch_size` x `patch_size` pixels.
-
-    Args:
-      in_chans: bands.
-      d_model: width of a token.
-      version: 1 is one convolution with stride `patch_size`; 2 is two 3x3 convolutions of stride 2
-        (for patch_size 4; in general of stride patch_size / 2 and side stride + 1) to d_model / 2
-        and d_model, with norm and exact GELU between.
-      patch_size: side of a patch.
-      norm: kind of the norms; None leaves them out.
-      dtype: compute type.
-      rngs: source of the initial weights.
-    """
-
-    def __init__(
-        self,
-        in_chans: int,
-        d_model: int,
-        *,
-        version: Literal[1, 2] = 2,
-        patch_size: int = 4,
-        norm: NormKind | None = "layer",
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        conv = partial(make_conv, dtype=dtype, rngs=rngs)
-        if version == 1:
-            widths: list[int] = [d_model]
-            self.convs = nnx.List([conv(in_chans, d_model, patch_size, stride=patch_size)])
-        else:
-            stride = patch_size // 2
-            widths = [d_model // 2, d_model]
-            half = partial(conv, kernel_size=stride + 1, stride=stride, padding=1)
-            self.convs = nnx.List([half(in_chans, widths[0]), half(*widths)])
-        self.norms = nnx.List(
-            [] if norm is None else [make_norm(norm, o, dtype=dtype, rngs=rngs) for o in widths]
-        )
-
-    def __call__(self, x: Float[Array, "b h w in_chans"]) -> Float[Array, "b h2 w2 d_model"]:
-        """Applies the layer: h and w shrink by patch_size (version 1 rounds down, 2 up)."""
-        return self.maps(x)[-1]
-
-    def maps(self, x: Float[Array, "b h w in_chans"]) -> list[Float[Array, "b _ _ _"]]:
-        """What each convolution gives after its norm; the last is the layer's output."""
-        maps: list[Array] = []
-        for i, conv in enumerate(self.convs):
-            x = conv(ACTIVATIONS["gelu"](x) if i else x)
-            x = self.norms[i](x) if self.norms else x
-            maps.append(x)
-        return maps
-
-
-class PatchMerging(nnx.Module):
-    """Downsampling version 1: the four pixels of a 2x2 patch side by side, norm, linear.
-
-    Odd sizes are padded with zeros at the end.
-    """
-
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        *,
-        norm: NormKind = "layer",
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.norm = make_norm(norm, 4 * d_in, dtype=dtype, rngs=rngs)
-        self.reduction = make_linear(4 * d_in, d_out, use_bias=False, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w d_in"]) -> Float[Array, "b h2 w2 d_out"]:
-        """Applies the layer; h2 and w2 are h / 2 and w / 2 rounded up."""
-        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
-        corners = [x[:, i::2, j::2] for j in range(2) for i in range(2)]
-        return self.reduction(self.norm(jnp.concatenate(corners, axis=-1)))
-
-
-class ConvDownsample(nnx.Module):
-    """Downsampling by a convolution of stride 2, then norm.
-
-    Version 2 is 2x2 without padding (an odd last row is dropped), version 3 is 3x3 with padding 1.
-    """
-
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        *,
-        version: Literal[2, 3] = 3,
-        norm: NormKind = "layer",
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.conv = make_conv(
-            d_in, d_out, version, stride=2, padding=version - 2, dtype=dtype, rngs=rngs
-        )
-        self.norm = make_norm(norm, d_out, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w d_in"]) -> Float[Array, "b h2 w2 d_out"]:
-        """Applies the layer."""
-        return self.norm(self.conv(x))
-
-
-def Downsample(
-    d_in: int,
-    d_out: int,
-    *,
-    version: Literal[1, 2, 3] = 3,
-    norm: NormKind = "layer",
-    dtype: DTypeLike = jnp.float32,
-    rngs: nnx.Rngs,
-) -> PatchMerging | ConvDownsample:
-    """The layer of that version: PatchMerging (1) or ConvDownsample (2, 3)."""
-    if version == 1:
-        return PatchMerging(d_in, d_out, norm=norm, dtype=dtype, rngs=rngs)
-    return ConvDownsample(d_in, d_out, version=version, norm=norm, dtype=dtype, rngs=rngs)

@@ -15,15 +15,14 @@ from zzhnet_jax.models.placement import constrain
 from zzhnet_jax.models.vssm.config import BlockConfig, SS2DConfig, VSSMConfig
 from zzhnet_jax.models.vssm.initializers import LinearInit, truncated_normal
 from zzhnet_jax.models.vssm.layers import (
-    Downsample,
     DropPath,
     GatedMlp,
     Mlp,
-    PatchEmbed,
     fold_key,
     make_linear,
     make_norm,
 )
+from zzhnet_jax.models.vssm.patches import Downsample, PatchEmbed
 from zzhnet_jax.models.vssm.ss2d import SS2D
 from zzhnet_jax.models.vssm.ss2d_xv import FusedSS2D
 

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from zzhnet_jax.models.vssm.layers import make_norm
+from zzhnet_jax.models.vssm.layers import make_conv, make_norm
 from zzhnet_jax.models.zzhnet.config import DecoderNorm
 
 _GROUPS = 8
@@ -47,14 +47,14 @@ class ConvNorm(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.conv = nnx.Conv(
+        self.conv = make_conv(
             d_in,
             d_out,
-            (kernel, kernel),
-            strides=(stride, stride),
-            padding=((kernel // 2, kernel // 2), (kernel // 2, kernel // 2)),
+            kernel,
+            stride=stride,
+            padding=kernel // 2,
             use_bias=False,
-            kernel_init=nnx.initializers.he_normal(),
+            init=nnx.initializers.he_normal(),
             dtype=dtype,
             rngs=rngs,
         )

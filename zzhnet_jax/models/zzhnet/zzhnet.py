@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from zzhnet_jax.models.blocks import call_block, call_blocks, call_each
 from zzhnet_jax.models.dates import join_dates, split_dates
 from zzhnet_jax.models.placement import constrain
-from zzhnet_jax.models.vssm.layers import Downsample, PatchEmbed, fold_key
+from zzhnet_jax.models.vssm.layers import fold_key
+from zzhnet_jax.models.vssm.patches import Downsample, PatchEmbed
 from zzhnet_jax.models.vssm.vssm import VSSBlock
 from zzhnet_jax.models.zzhnet.config import NUM_STAGES, ZZHNetConfig
 from zzhnet_jax.models.zzhnet.cssm import CSSM
