@@ -34,9 +34,6 @@ from zzhnet_jax.training.loop import train
 from zzhnet_jax.training.processes import connect
 from zzhnet_jax.training.validation import validate
 
-# TensorBoard's writer imports PyTorch where that is installed, for 3 s and nothing.
-sys.modules["torch"] = None
-
 
 @dataclasses.dataclass(frozen=True)
 class SmallConfig:
@@ -170,4 +167,6 @@ def mesh_of(text) -> MeshConfig:
 
 
 if __name__ == "__main__":
+    # TensorBoard's writer imports PyTorch where that is installed, for 3 s and nothing.
+    sys.modules["torch"] = None
     sys.exit(run(main, sys.argv[1:]))
