@@ -1,7 +1,6 @@
 """The small network that the training tests share, and a way to run it in a process of its own."""
 
 import importlib.util
-import itertools
 import os
 import socket
 import subprocess
@@ -27,7 +26,6 @@ def small():
 def start_small(tmp_path_factory):
     """Starts small_run.py with arguments; returns the process, its output as text."""
     cache = tmp_path_factory.mktemp("compiled")
-    cores = itertools.cycle(getattr(os, "sched_getaffinity", lambda _: {0})(0))
 
     def start(*arguments, devices=1, script=_SCRIPT):
         environment = os.environ | {
@@ -40,12 +38,7 @@ def start_small(tmp_path_factory):
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
         command = [sys.executable, str(script), *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, env=environment, text=True, **pipes)
-        # Eight devices wait for each other thousands of times a second: threads that share a core
-        # are woken for a tenth less.
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(process.pid, {next(cores)})
-        return process
+        return subprocess.Popen(command, env=environment, text=True, **pipes)
 
     return start
 
