@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .matmul import matmul
+from .platforms import by_platform
 
 _AXES = ("NHWC", "HWIO", "NHWC")
 
@@ -56,7 +57,7 @@ def _backward(
     stride: int, padding: int, saved: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
     how: Any = dict(stride=stride, padding=padding)
-    return lax.platform_dependent(
+    return by_platform(
         *saved, cotangent, cpu=partial(_in_order, **how), default=partial(_derived, **how)
     )
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from ..matmul import matmul
+from ..platforms import by_platform
 from ..selective_scan import ShapeError, selective_scan
 from ..selective_scan.base import as_array, as_optional_array, expect_floating, expect_shape
 from .patterns import ScanPattern, add_up, flatten, routes_of, unflatten
@@ -166,7 +166,7 @@ def _run(
     from .fused_kernels import KERNELS
 
     fused = {KERNELS[name].platform: partial(together, name) for name in fuse}
-    return lax.platform_dependent(*arrays, **fused, default=one_by_one)
+    return by_platform(*arrays, **fused, default=one_by_one)
 
 
 def _scan_routes(

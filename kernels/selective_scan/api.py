@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import Any, Literal, overload
 
 import jax
-from jax import lax
 from jaxtyping import Array, Float
 
+from ..platforms import by_platform
 from .associative import associative_scan
 from .base import (
     Implementation,
@@ -213,7 +213,7 @@ def _run(
     if not choice.on_platform:
         return default(*operands)
     branches = {platform: runner(chosen) for platform, chosen in choice.on_platform}
-    return lax.platform_dependent(*operands, default=default, **branches)
+    return by_platform(*operands, default=default, **branches)
 
 
 def _bind_tile(chosen: Chosen) -> Scan:

@@ -21,6 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from ..platforms import by_platform
 from . import base, chunked_steps, chunked_wide
 from .base import state_dtype, zeros
 from .chunked_base import Operands, Options
@@ -120,7 +121,7 @@ def _forward(
         index = chunks - 1 - i if options.reverse else i
         x = _take_chunk(operands, index, options)
         kept = lax.dynamic_update_index_in_dim(kept, state, index, 0)
-        y_chunk, state = lax.platform_dependent(
+        y_chunk, state = by_platform(
             x,
             state,
             cpu=partial(chunked_steps.outputs, options=options),
@@ -161,7 +162,7 @@ def _scan_backward(
         index = i if options.reverse else chunks - 1 - i
         x = _take_chunk(operands, index, options)
         y_chunk = _take_chunk(whole, index, options).u
-        carried, part = lax.platform_dependent(
+        carried, part = by_platform(
             x,
             kept[index],
             y_chunk,

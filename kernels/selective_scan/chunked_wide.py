@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ..platforms import by_platform
 from .base import compose
 from .chunked_base import (
     Operands,
@@ -101,7 +102,7 @@ def _recurrence(
     reverse: bool,
 ) -> Float[Array, "b t n g p"]:
     """Every state of h_t = decay_t h_{t-1} + drive_t, from the state before the first step."""
-    return lax.platform_dependent(
+    return by_platform(
         decay,
         drive,
         state,
@@ -158,4 +159,4 @@ def _last(states: Float[Array, "b t n g p"], *, reverse: bool) -> Float[Array, "
 
 
 def _sum_channels(x: Float[Array, "b t n g p"]) -> Float[Array, "b t n g"]:
-    return lax.platform_dependent(x, cpu=sum_channels, default=partial(jnp.sum, axis=-1))
+    return by_platform(x, cpu=sum_channels, default=partial(jnp.sum, axis=-1))

@@ -27,6 +27,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
+from ..platforms import by_platform
 from .base import Kernel, KernelScan, Tile, state_dtype
 from .deferred import deferred
 from .mesh_split import (
@@ -281,4 +282,4 @@ def _partitioned(half: _Half, arrays: Arrays) -> Arrays:
         sharding_rule=lambda *_: rule,
         decode_shardings=False,  # decoding fails where Shardy splits a mesh axis, as B's may be
     )
-    return lax.platform_dependent(arrays, tpu=run, default=by_xla)
+    return by_platform(arrays, tpu=run, default=by_xla)

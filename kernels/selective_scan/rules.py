@@ -1,7 +1,7 @@
 """Which implementation runs where nobody names one: a table of rules, and the choice they make.
 
-The platform is the one that a program is compiled for, known only after tracing; so the choice is
-one name a platform, and `lax.platform_dependent` keeps the right one when the program is lowered.
+The platform is the one that a program is compiled for, which tracing may not know; so the choice is
+one name a platform, of which `by_platform` keeps the right one.
 """
 
 import functools

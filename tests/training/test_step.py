@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zzhnet_jax.kernels.platforms import by_platform
 from zzhnet_jax.models import functional
 from zzhnet_jax.training.config import LossConfig, MeshConfig, OptimConfig
 from zzhnet_jax.training.losses import segmentation_loss
@@ -52,6 +53,18 @@ class Setting:
 @pytest.fixture(scope="module")
 def setting(small):
     return Setting(small.build)
+
+
+def test_a_step_is_traced_for_its_devices_only(small):
+    def refuse(x):
+        raise AssertionError("traced for a platform that the mesh has no device of")
+
+    class Network(small.SmallNetwork):
+        def __call__(self, pre, post, *, key=None):
+            logits = super().__call__(pre, post, key=key)
+            return by_platform(logits, cpu=lambda x: x, default=refuse)
+
+    Setting(lambda rngs: Network(small.SmallConfig(), rngs=rngs))
 
 
 def host(tree):

@@ -143,7 +143,9 @@ def lower_train_step(
         in_shardings=(state_placed, as_images | {"host": batch_sharding(mesh)}, replicated(mesh)),
         out_shardings=(state_placed, replicated(mesh)),
     )
-    return step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    # The mesh tells what devices the step is for, so that it is traced for no others.
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def _placements(state: TrainState) -> Packed:

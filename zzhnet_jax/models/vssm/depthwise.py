@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from zzhnet_jax.kernels.platforms import by_platform
 from zzhnet_jax.models.vssm.initializers import torch_uniform
 
 
@@ -20,7 +21,7 @@ def depthwise_conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k k c"]
 ) -> Float[Array, "b h w c"]:
     """Convolves every channel with its own k x k kernel (odd k), zero padding, stride 1."""
-    return lax.platform_dependent(x, kernel, cpu=_shifted, default=_grouped)
+    return by_platform(x, kernel, cpu=_shifted, default=_grouped)
 
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -28,7 +29,7 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    return lax.platform_dependent(*saved, cotangent, cpu=_shifted_vjp, default=_grouped_vjp)
+    return by_platform(*saved, cotangent, cpu=_shifted_vjp, default=_grouped_vjp)
 
 
 depthwise_conv.defvjp(_forward, _backward)
