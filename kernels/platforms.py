@@ -15,8 +15,8 @@ def by_platform(
     """Calls the branch of the platform that the program is for.
 
     `lax.platform_dependent` traces every branch and its gradient, in a network's training step a
-    third of all tracing. Inside `jax.set_mesh`, whether of devices or of a topology, only theirs is
-    traced; elsewhere the platform is not known before the program is lowered, so all are.
+    third of all tracing. Inside `jax.set_mesh`, of devices or of a topology, only theirs is traced,
+    and stays whatever the program is lowered for; elsewhere the platform is not known before that.
 
     Args:
       *operands: what the branches take.
