@@ -143,7 +143,8 @@ def lower_train_step(
         in_shardings=(state_placed, as_images | {"host": batch_sharding(mesh)}, replicated(mesh)),
         out_shardings=(state_placed, replicated(mesh)),
     )
-    # The mesh tells what devices the step is for, so that it is traced for no others.
+    # The mesh tells what the step is for: it is traced for no other platform, and kernels for
+    # devices that are not here ask it what they are.
     with jax.set_mesh(mesh):
         return step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))
 
